@@ -1,0 +1,167 @@
+// The small Python module: facts about the build and the rules, and a cheap answer to "are these still the same
+// objects?". It knows Python's dicts and lists, no tensors; the kernels stand in a library without Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "rules/all.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Hyperparameters that cannot change while the object stays the same.
+bool immutable(PyObject* value) {
+  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None ||
+      PyUnicode_CheckExact(value)) {
+    return true;
+  }
+  if (!PyTuple_CheckExact(value)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+    if (!immutable(PyTuple_GET_ITEM(value, i))) return false;
+  }
+  return true;
+}
+
+// Remembers which objects stand in an optimizer's param_groups and state. Comparing addresses is enough because it
+// owns a reference to each object: none of them can have been freed and another one put in its place.
+class Watch {
+ public:
+  static constexpr int same = 0, hypers_changed = 1, objects_changed = 2;
+
+  Watch(const py::list& groups, const py::dict& state) {
+    walk(groups.ptr(), state.ptr(), [this](PyObject* object, int kind) {
+      objects_.push_back(py::reinterpret_borrow<py::object>(object));
+      volatile_ |= kind == hypers_changed && !immutable(object);
+      return true;
+    });
+  }
+
+  int check(const py::list& groups, const py::dict& state) {
+    size_t at = 0;
+    int result = volatile_ ? hypers_changed : same;
+    const bool complete = walk(groups.ptr(), state.ptr(), [&](PyObject* object, int kind) {
+      if (at >= objects_.size()) return false;
+      py::object& remembered = objects_[at++];
+      if (remembered.ptr() == object) return true;
+      if (kind != hypers_changed) return false;
+      remembered = py::reinterpret_borrow<py::object>(object);
+      volatile_ |= !immutable(object);
+      result = hypers_changed;
+      return true;
+    });
+    return complete && at == objects_.size() ? result : objects_changed;
+  }
+
+ private:
+  static bool is(PyObject* key, const char* name) {
+    return PyUnicode_CheckExact(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
+  }
+
+  // Calls see(object, kind) for every object in a fixed order until it returns false.
+  template <class See>
+  static bool walk(PyObject* groups, PyObject* state, See&& see) {
+    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+      PyObject* const group = PyList_GET_ITEM(groups, g);
+      if (!see(group, objects_changed)) return false;
+      if (!PyDict_Check(group)) continue;
+      PyObject *key, *value;
+      for (Py_ssize_t at = 0; PyDict_Next(group, &at, &key, &value);) {
+        if (is(key, "param_names")) continue;
+        const bool params = is(key, "params") && PyList_CheckExact(value);
+        if (!see(value, params ? objects_changed : hypers_changed)) return false;
+        for (Py_ssize_t i = 0; params && i < PyList_GET_SIZE(value); ++i) {
+          if (!see(PyList_GET_ITEM(value, i), objects_changed)) return false;
+        }
+      }
+    }
+    PyObject *param, *states;
+    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &param, &states);) {
+      if (!see(param, objects_changed) || !see(states, objects_changed)) return false;
+      if (!PyDict_Check(states)) continue;
+      PyObject *key, *value;
+      for (Py_ssize_t inner = 0; PyDict_Next(states, &inner, &key, &value);) {
+        if (!see(key, objects_changed) || !see(value, objects_changed)) return false;
+      }
+    }
+    return true;
+  }
+
+  std::vector<py::object> objects_;
+  bool volatile_ = false;
+};
+
+// The attribute of each item that has it (is not None), and the positions of those items; no positions mean all.
+py::tuple collect(const py::list& items, const py::str& attribute) {
+  const Py_ssize_t n = PyList_GET_SIZE(items.ptr());
+  py::list found(n), positions;
+  Py_ssize_t kept = 0;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* const value = PyObject_GetAttr(PyList_GET_ITEM(items.ptr(), i), attribute.ptr());
+    if (!value) throw py::error_already_set();
+    if (value == Py_None) {
+      Py_DECREF(value);
+      if (kept == i) {  // the first one that is missing: from here on positions are needed
+        for (Py_ssize_t k = 0; k < i; ++k) positions.append(k);
+      }
+      continue;
+    }
+    if (kept < i) positions.append(i);
+    PyList_SET_ITEM(found.ptr(), kept++, value);
+  }
+  if (kept < n && PyList_SetSlice(found.ptr(), kept, n, nullptr) != 0) throw py::error_already_set();
+  return py::make_tuple(std::move(found), std::move(positions));
+}
+
+template <class Rule>
+py::dict describe() {
+  py::list states, hypers;
+  for (int i = 0; i < pytrain::PT_ISA::rules::state_count<Rule>(); ++i) states.append(Rule::states[i]);
+  for (const char* name : Rule::hypers) hypers.append(name);
+  py::dict facts;
+  facts["states"] = py::tuple(states);
+  facts["hypers"] = py::tuple(hypers);
+  facts["counts"] = Rule::counts;
+  return facts;
+}
+
+template <class... Rules>
+py::dict describe_all(pytrain::PT_ISA::rules::List<Rules...>) {
+  py::dict all;
+  ((all[Rules::name] = describe<Rules>()), ...);
+  return all;
+}
+
+py::dict isa_levels() {
+  py::dict levels;
+  for (int i = 0; i < pytrain::cpu::isa_count; ++i) {
+    const auto isa = static_cast<pytrain::cpu::Isa>(i);
+    levels[pytrain::cpu::isa_name(isa)] = pytrain::cpu::isa_supported(isa);
+  }
+  return levels;
+}
+
+}  // namespace
+
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts about the build and the rules, and a watch over Python objects.";
+  m.attr("compiler") =
+#ifdef __clang__
+      "clang " __clang_version__;
+#else
+      "gcc " __VERSION__;
+#endif
+  m.def("rules", [] { return describe_all(pytrain::PT_ISA::rules::All{}); },
+        "Every rule with its state names, hyperparameter names and whether it counts steps.");
+  m.def("isa_levels", &isa_levels, "Every instruction set level and whether this machine supports it.");
+  m.def("collect", &collect, py::arg("items"), py::arg("attribute"),
+        "(values, positions) of an attribute over a list, leaving out None; empty positions mean every item.");
+  py::class_<Watch>(m, "Watch", "Remembers the objects in an optimizer's param_groups and state.")
+      .def(py::init<const py::list&, const py::dict&>(), py::arg("groups"), py::arg("state"))
+      .def("check", &Watch::check, py::arg("groups"), py::arg("state"),
+           "0: all the same; 1: hyperparameters may have changed; 2: parameters or state are other objects.");
+}

@@ -1,0 +1,24 @@
+// The kernels for AVX2. Standard headers come first: they must not be compiled for it.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/table.h"
+
+#define PT_ISA avx2
+#if defined(__x86_64__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#include "core/half.h"
+#include "rules/all.h"
+
+#include "cpu/kernels.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

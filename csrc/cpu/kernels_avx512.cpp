@@ -1,0 +1,24 @@
+// The kernels for AVX-512 (F, BW, DQ, VL). Standard headers come first: they must not be compiled for it.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/table.h"
+
+#define PT_ISA avx512
+#if defined(__x86_64__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#include "core/half.h"
+#include "rules/all.h"
+
+#include "cpu/kernels.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,14 @@
+// The kernels for the instructions that every machine of its kind has (SSE2 on x86-64). Standard headers come first: they must not be compiled for it.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/table.h"
+
+#define PT_ISA baseline
+#include "core/half.h"
+#include "rules/all.h"
+
+#include "cpu/kernels.h"

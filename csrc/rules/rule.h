@@ -1,0 +1,63 @@
+// The contract of an update rule, and the few functions of floats that rules share.
+//
+// A rule is a pure function of floats. It is built once a (param group, step count) from its hyperparameters and
+// then called for every element; it sees no pointers, dtypes, threads or tensors:
+//
+//   struct Rule {
+//     static constexpr const char* name;            // name of the op, with a trailing underscore there
+//     static constexpr const char* states[];        // the state tensors, in the order of operator()'s arguments
+//     static constexpr const char* hypers[];        // the fields of Hyper, in their order
+//     static constexpr bool counts;                 // does it use the step count t?
+//     struct Hyper { double lr, ...; };             // doubles only
+//     PT_HD Rule(const Hyper&, double t);           // coefficients, in double, once; t = 1 on the first step
+//     template <class T> PT_HD T operator()(T p, T g, T& state...) const;   // returns the update u: p <- p - u
+//   };
+//
+// PT_ISA is the namespace of the instruction set that a file is compiled for. Every function that a kernel uses
+// lives in it, so that the linker can never pick one machine's code for another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifndef PT_ISA
+#define PT_ISA portable
+#endif
+
+#ifdef __CUDACC__
+#define PT_HD __host__ __device__ __forceinline__
+#else
+#define PT_HD inline __attribute__((always_inline))
+#endif
+
+namespace pytrain::PT_ISA::rules {
+
+// a + w (b - a), the form that torch.lerp takes for w < 0.5 and that is exact where a == b.
+template <class T>
+PT_HD T lerp(T a, T b, T w) {
+  return a + w * (b - a);
+}
+
+// -1, 0 or 1; nan for nan, so that a bad gradient shows.
+template <class T>
+PT_HD T sign(T x) {
+  const T one_or_zero = T(x > T(0)) - T(x < T(0));
+  return x == x ? one_or_zero : x;
+}
+
+template <class T>
+PT_HD T square_root(T x) {
+  return std::sqrt(x);
+}
+
+// base^t for a whole t >= 0 by repeated squaring: the same bits on every machine, which libm's pow does not promise.
+PT_HD double power(double base, double t) {
+  double result = 1.0;
+  for (int64_t n = static_cast<int64_t>(t); n > 0; n >>= 1) {
+    if (n & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+}  // namespace pytrain::PT_ISA::rules

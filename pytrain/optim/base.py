@@ -1,0 +1,246 @@
+"""FusedOptimizer: what all optimizers share. Param groups, state, checkpoints, loss scaling, and the step itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from pytrain import backend
+from pytrain.optim.plan import Settled, settle
+
+REGISTRY: dict[str, type[FusedOptimizer]] = {}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule: what C++ and Python must agree on, and its reference in torch.
+
+    `reference(p, g, *states, t=..., **hypers)` updates the states in place and returns the update u of p <- p - u.
+    In fp64 it is the oracle of the tests; in the parameter's own dtype it is the fallback.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    hypers: tuple[str, ...]
+    counts: bool
+    reference: Callable[..., Tensor]
+
+
+class FusedOptimizer(Optimizer):
+    """Base of all optimizers: torch.optim.Optimizer with one native step over all parameters.
+
+    A subclass names its `rules`, and says which rule and which hyperparameters a param group takes.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    steps_in_state: ClassVar[bool] = False  # does state hold a "step" tensor a parameter, as torch's class does?
+    takes_sparse: ClassVar[bool] = False  # does torch's class take sparse gradients?
+    implementation_keys: ClassVar[tuple[str, ...]] = ()  # group keys that choose how, not what, to compute
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        REGISTRY[cls.__name__.lower()] = cls
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, amp_scaling: bool = True) -> None:
+        self._reset()
+        self._step_supports_amp_scaling = amp_scaling
+        self.check_group(defaults)
+        self._check_implementation(defaults)
+        super().__init__(params, defaults)
+
+    # ---- what a subclass says -------------------------------------------------------------------------------------
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError, naming the argument, where a hyperparameter is out of its range."""
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The rule that a group's options select."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """The rule's hyperparameters as plain numbers, in the order of `Rule.hypers`."""
+        raise NotImplementedError
+
+    # ---- what a user sees -----------------------------------------------------------------------------------------
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last `step` did nothing because the loss scaler had found an inf or nan gradient."""
+        return self._skipped
+
+    @property
+    def choices(self) -> list[backend.Choice]:
+        """The backend and the reason, a param group: that of its first parameter on the torch path, if there is one."""
+        chosen = []
+        for group in self.param_groups:
+            each = [backend.select(p, fused=group.get("fused")) for p in group["params"]]
+            torch_path = [c for c in each if c.backend == "torch"]
+            chosen += torch_path[:1] or each[:1] or [backend.Choice("native", "no parameters")]
+        return chosen
+
+    @property
+    def backend(self) -> str:
+        """What steps the parameters: "native", "torch", or "mixed" where param groups differ."""
+        names = {choice.backend for choice in self.choices}
+        return names.pop() if len(names) == 1 else "mixed"
+
+    def __repr__(self) -> str:
+        lines = [f"    group {i}: {c.backend} ({c.reason})" for i, c in enumerate(self.choices)]
+        return super().__repr__()[:-1] + "backend\n" + "\n".join(lines) + "\n)"
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Under torch.amp.GradScaler the gradients are unscaled on the fly (they themselves stay scaled), and the whole
+        step is left out where the scaler found an inf or nan: see `step_was_skipped`.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Raises:
+            ValueError: a gradient or a state does not fit its parameter; nothing was written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf != 0)
+        if self._skipped:
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        with torch.no_grad():
+            self._apply(1.0 if grad_scale is None else 1.0 / float(grad_scale))
+        return loss
+
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile breaks the graph here
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    def _apply(self, inv_scale: float) -> None:
+        """Run the plans; make them anew, once, where what they were made of has changed."""
+        settled = self._settled
+        if settled is None or not settled.is_current(self):
+            settled = self._settled = settle(self)
+        if not settled.run(self, inv_scale):
+            settled = self._settled = settle(self)
+            settled.run(self, inv_scale, last_try=True)
+
+    def init_state(self, param: Tensor, rule: Rule) -> None:
+        """Give a parameter the state that the rule needs and it does not have yet."""
+        state = self.state[param]
+        if self.steps_in_state and state.get("step") is None:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in rule.states:
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def warn_once(self, text: str) -> None:
+        """Say why parameters take the torch path; each reason once an optimizer."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"{type(self).__name__}: {text}", stacklevel=2)
+
+    # ---- param groups, checkpoints, copies ------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch.optim.Optimizer does.
+
+        Raises:
+            ValueError: a hyperparameter of the group is out of its range.
+        """
+        full = {**self.defaults, **param_group}
+        self.check_group(full)
+        self._check_implementation(full)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch.optim's class of the same name.
+
+        Each state keeps the dtype that it was saved with. Options that choose how to compute (`fused`, `foreach`,
+        `capturable`, `differentiable`) stay as this optimizer was made with.
+
+        Raises:
+            ValueError: the param groups do not match, or a state's shape is not its parameter's.
+        """
+        before = [{k: g[k] for k in self.implementation_keys if k in g} for g in self.param_groups]
+        hook = self.register_load_state_dict_pre_hook(_remember)  # the last hook sees what is really loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
+        for group, kept in zip(self.param_groups, before, strict=True):
+            group.update(kept)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = getattr(self, "_loading", None)
+        if loading is not None:
+            restore_dtypes(state, loading)
+        super().__setstate__(state)
+        self._reset()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "_step_supports_amp_scaling": self._step_supports_amp_scaling}
+
+    def _reset(self) -> None:
+        self._settled: Settled | None = None
+        self._skipped = False
+        self._warned: set[str] = set()
+        self._loading: dict[str, Any] | None = None
+
+    def _check_implementation(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        if group.get("differentiable"):
+            raise RuntimeError(
+                f"differentiable=True: {name} has no path through autograd; use torch.optim's class of that name"
+            )
+        if group.get("fused") and group.get("foreach"):
+            raise RuntimeError("fused=True and foreach=True exclude each other; leave foreach unset")
+
+
+def _remember(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, FusedOptimizer)
+    optimizer._loading = state_dict
+
+
+def restore_dtypes(state: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Undo torch's cast of every loaded state to its parameter's dtype (pytorch#43706)."""
+    saved = [i for group in loaded["param_groups"] for i in group["params"]]
+    params = [p for group in state["param_groups"] for p in group["params"]]
+    for index, param in zip(saved, params, strict=True):
+        for key, value in loaded["state"].get(index, {}).items():
+            if torch.is_tensor(value) and torch.is_tensor(param) and key != "step":
+                cast = state["state"][param][key]
+                if cast.dtype != value.dtype:
+                    state["state"][param][key] = value.to(device=cast.device, copy=True)
+
+
+def scalar(name: str, value: float | Tensor) -> float:
+    """A hyperparameter given as a number or a tensor of one element, as a number."""
+    if torch.is_tensor(value) and value.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got a tensor of shape {tuple(value.shape)}")
+    return float(value)
+
+
+def check_range(name: str, value: float | Tensor, low: float, below: float | None = None) -> None:
+    """Raise ValueError unless low <= value (< below)."""
+    number = scalar(name, value)
+    if number >= low and (below is None or number < below):
+        return
+    wanted = f">= {low}" if below is None else f"in [{low}, {below})"
+    raise ValueError(f"{name}: expected {wanted}, got {number}")

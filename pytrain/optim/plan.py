@@ -1,0 +1,276 @@
+"""How an optimizer's parameters are stepped: tables for the kernels, a list for the torch path; cached between steps.
+
+A cache is only used after it was checked: `backend.facts.Watch` compares the objects in param_groups and state with the
+remembered ones, and the kernels read every tensor's address, sizes and strides anew each step. Gradients are never kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pytrain import backend
+
+if TYPE_CHECKING:
+    from pytrain.optim.base import FusedOptimizer, Rule
+
+CONTROL_HEAD, CONTROL_ROW, CONTROL_HYPERS = 2, 16, 2  # csrc/core/control.h
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class UnfitError(ValueError):
+    """A parameter, gradient or state that cannot be stepped; nothing was written."""
+
+
+@dataclass
+class Plan:
+    """The parameters of one rule and dtype, and the number of their table in the kernel library."""
+
+    rule: Rule
+    params: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
+    states: list[list[Tensor]] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    mutated: list[Tensor] = field(default_factory=list)  # params and states: their autograd versions rise
+    table: int = 0
+
+    def finish(self) -> None:
+        """Hand the states over to the kernel library."""
+        flat = [state for row in self.states for state in row]
+        self.mutated = self.params + flat
+        self.table = torch.ops.pytrain._table(self.rule.name, flat, self.steps, self.groups)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A parameter on the torch path."""
+
+    param: Tensor
+    group: int
+    rule: Rule
+    where: str
+
+
+Work = tuple[Plan, list[Tensor], list[Tensor], list[int]]  # a plan, and its params, grads and rows in this step
+
+
+class Settled:
+    """All plans of an optimizer, and what they were made of."""
+
+    def __init__(self, optimizer: FusedOptimizer, plans: list[Plan], slow: list[Slow], waiting: list[Tensor]) -> None:
+        self.plans, self.slow, self.waiting = plans, slow, waiting
+        for plan in plans:
+            plan.finish()
+        if plans:
+            weakref.finalize(self, _free, [plan.table for plan in plans]).atexit = False
+        groups = optimizer.param_groups
+        self.rules = [optimizer.rule(group) for group in groups]
+        self.hypers: list[tuple[float, ...]] = [() for _ in groups]
+        self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64)
+        self.block = self.control.numpy()
+        self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
+        self.read_hypers(optimizer)
+        self.watch = backend.facts.Watch(groups, optimizer.state) if backend.facts else None
+
+    def is_current(self, optimizer: FusedOptimizer) -> bool:
+        """Whether parameters and state are still the same objects; takes over changed hyperparameters."""
+        if self.watch is None:
+            return False
+        found: int = self.watch.check(optimizer.param_groups, optimizer.state)
+        return found == 0 or (found == 1 and self.read_hypers(optimizer))
+
+    def read_hypers(self, optimizer: FusedOptimizer) -> bool:
+        """Write changed hyperparameters into the control block; False if a group now takes another rule."""
+        for i, group in enumerate(optimizer.param_groups):
+            if optimizer.rule(group) is not self.rules[i]:
+                return False
+            hyper = (-1.0 if group["maximize"] else 1.0, *optimizer.hyper(group))
+            if hyper != self.hypers[i]:
+                self.hypers[i] = hyper
+                self.rows[i, 0] = hyper[0]
+                self.rows[i, CONTROL_HYPERS : CONTROL_HYPERS + len(hyper) - 1] = hyper[1:]
+        return True
+
+    def run(self, optimizer: FusedOptimizer, inv_scale: float, *, last_try: bool = False) -> bool:
+        """Step everything; False, with nothing written, where a tensor does not fit what was settled.
+
+        Raises:
+            UnfitError: the same on the last try, with the parameter's place and the reason.
+        """
+        facts = backend.facts
+        if facts is not None and self.waiting and facts.collect(self.waiting, "grad")[0]:
+            return False
+        work: list[Work] = []
+        for plan in self.plans:
+            assert facts is not None
+            grads, rows = facts.collect(plan.params, "grad")
+            if grads:
+                work.append((plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows))
+        for slow in self.slow:
+            _check_slow(optimizer, slow)
+        if len(work) + bool(self.slow) > 1 and not all(self.call(w, last_try, write=False) for w in work):
+            return False
+        self.block[0] = inv_scale
+        for one in work:
+            if not self.call(one, last_try, write=True):
+                return False
+        for slow in self.slow:
+            self.run_slow(optimizer, slow, inv_scale)
+        return True
+
+    def call(self, work: Work, last_try: bool, *, write: bool) -> bool:
+        """Check (and, with `write`, step) one plan by the kernels."""
+        plan, params, grads, rows = work
+        op = torch.ops.pytrain._table_step.default
+        unfit: int = op(plan.table, params, grads, rows, self.control, write, False)
+        if unfit >= 0:
+            if last_try:
+                where = plan.where[rows[unfit] if rows else unfit]
+                try:
+                    op(plan.table, params, grads, rows, self.control, write, True)
+                except RuntimeError as error:
+                    raise UnfitError(f"{where}: {str(error).splitlines()[0]}") from None
+            return False
+        if write:
+            touched = params + [state for k in rows for state in plan.states[k]] if rows else plan.mutated
+            torch.autograd.graph.increment_version(touched)
+        return True
+
+    def run_slow(self, optimizer: FusedOptimizer, slow: Slow, inv_scale: float) -> None:
+        """Step one parameter by the rule's reference: low precision in fp32, complex numbers as pairs of reals."""
+        param, rule, grad = slow.param, slow.rule, slow.param.grad
+        if grad is None:
+            return
+        sign, *values = self.hypers[slow.group]
+        hypers = dict(zip(rule.hypers, values, strict=True))
+        if grad.layout != torch.strided:
+            if not rule.states and not hypers["weight_decay"]:
+                param.add_(grad, alpha=-sign * inv_scale * hypers["lr"])
+                return
+            grad = grad.to_dense()
+        first = any(optimizer.state[param].get(name) is None for name in rule.states)
+        optimizer.init_state(param, rule)
+        state = optimizer.state[param]
+        t = 1.0 if first else 2.0
+        if optimizer.steps_in_state:
+            state["step"] += 1
+            t = float(state["step"])
+        wide = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+        stored = [param, *(state[name] for name in rule.states)]
+        reals = [torch.view_as_real(s) if s.is_complex() else s for s in stored]
+        copies = [r if s.is_complex() else r.to(wide) for r, s in zip(reals, stored, strict=True)]
+        g = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad.to(wide)
+        u = rule.reference(copies[0], g * (sign * inv_scale), *copies[1:], t=t, **hypers)
+        for real, copy in zip(reals[1:], copies[1:], strict=True):
+            if copy is not real:
+                real.copy_(copy)
+        reals[0].copy_(copies[0] - u)
+
+
+def settle(optimizer: FusedOptimizer) -> Settled:
+    """Decide the backend of every parameter, make its state complete and well laid out, and build the tables.
+
+    Raises:
+        BackendError: the kernels were demanded and cannot take a parameter.
+        UnfitError: a state has a shape or a device unlike its parameter's.
+    """
+    plans: dict[tuple[str, torch.dtype], Plan] = {}
+    slow: list[Slow] = []
+    waiting: list[Tensor] = []
+    seen: set[int] = set()
+    for index, group in enumerate(optimizer.param_groups):
+        rule = optimizer.rule(group)
+        for i, param in enumerate(group["params"]):
+            where = f"{type(optimizer).__name__}: param_groups[{index}]['params'][{i}]"
+            state = optimizer.state.get(param, {})
+            needed = (*rule.states, "step") if optimizer.steps_in_state else rule.states
+            complete = all(state.get(name) is not None for name in needed)
+            if param.grad is None and not (complete and param.requires_grad):
+                waiting.append(param)
+                continue
+            reason = _why_slow(param, state, rule, group)
+            if reason:
+                optimizer.warn_once(reason)
+            if reason is not None:
+                slow.append(Slow(param, index, rule, where))
+                continue
+            optimizer.init_state(param, rule)
+            plan = plans.setdefault((rule.name, param.dtype), Plan(rule))
+            plan.params.append(param)
+            plan.groups.append(index)
+            plan.where.append(where)
+            plan.states.append(_fit_states(optimizer.state[param], param, rule, where, seen))
+            if rule.counts and optimizer.steps_in_state:
+                plan.steps.append(_fit_step(optimizer.state[param], seen))
+            elif rule.counts:  # only the first step differs, and it is the one that finds no state
+                plan.steps.append(torch.tensor(1.0 if complete else 0.0))
+    return Settled(optimizer, list(plans.values()), slow, waiting)
+
+
+def _why_slow(param: Tensor, state: dict[str, Tensor], rule: Rule, group: dict[str, object]) -> str | None:
+    """None for the kernels; "" for the torch path because it was asked for; else the reason for the torch path."""
+    fused = group.get("fused")
+    choice = backend.select(param, fused=None if fused is None else bool(fused))
+    if choice.backend == "torch":
+        return "" if choice.reason in backend.ASKED_FOR else choice.reason
+    grad = param.grad
+    if grad is not None and grad.layout != torch.strided:
+        if backend.wanted() == "native" or fused:
+            raise backend.BackendError(f"the kernels do not take gradients of layout {grad.layout}; leave fused unset")
+        return f"there are no kernels for gradients of layout {grad.layout}"
+    for name in rule.states:
+        value = state.get(name)
+        if value is not None and value.dtype != param.dtype:
+            return f"there are no kernels for {param.dtype} parameters with {value.dtype} {name}"
+    return None
+
+
+def _fit_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str, seen: set[int]) -> list[Tensor]:
+    """The rule's states of a parameter, each replaced by a copy where it lies in memory unlike the parameter."""
+    layout = param if param.is_contiguous() else torch.empty_like(param, device="meta")
+    for name in rule.states:
+        value = state[name]
+        if value.shape != param.shape or value.device != param.device:
+            raise UnfitError(
+                f"{where}: its state {name!r} has shape {tuple(value.shape)} on {value.device}, "
+                f"expected {tuple(param.shape)} on {param.device}"
+            )
+        if value.stride() != layout.stride() or id(value) in seen:
+            state[name] = torch.empty_like(param).copy_(value)
+        seen.add(id(state[name]))
+    return [state[name] for name in rule.states]
+
+
+def _fit_step(state: dict[str, Tensor], seen: set[int]) -> Tensor:
+    """The step count as one float32 on the CPU, whatever an older checkpoint holds; no two parameters share one."""
+    step: Tensor | float = state["step"]
+    good = isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu" and step.numel() == 1
+    if not good or id(step) in seen:
+        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    seen.add(id(state["step"]))
+    return state["step"]
+
+
+def _check_slow(optimizer: FusedOptimizer, slow: Slow) -> None:
+    grad = slow.param.grad
+    if grad is None:
+        return
+    if grad.shape != slow.param.shape:
+        raise UnfitError(
+            f"{slow.where}: its gradient has shape {tuple(grad.shape)}, expected {tuple(slow.param.shape)}"
+        )
+    if grad.layout != torch.strided and not optimizer.takes_sparse:
+        raise UnfitError(
+            f"{slow.where}: its gradient has layout {grad.layout}, which this optimizer does not take; "
+            "use torch.optim.SparseAdam or pytrain.optim.SGD"
+        )
+
+
+def _free(tables: list[int]) -> None:
+    for table in tables:
+        torch.ops.pytrain._table_free(table)
