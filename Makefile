@@ -1,0 +1,50 @@
+# Development targets. `make demo` and `make test` make .venv first when it is missing; PYTHON picks the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEPENDENCIES := $(VENV)/.dependencies
+NATIVE := $(VENV)/.native
+TORCH := $(shell sed -n 's/^requires = .*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+BUILD_REQUIREMENTS := setuptools pybind11 ninja wheel numpy
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: demo test test-full bench lint format clean
+
+demo: $(NATIVE)
+	$(BIN)/python -m pytrain demo
+
+test: $(NATIVE)
+	$(BIN)/python -m pytest -m "not slow and not matrix"
+
+test-full: $(NATIVE)
+	$(BIN)/python -m pytest
+	$(BIN)/python tools/check_codegen.py
+	$(BIN)/python tools/mutate_rules.py
+	$(BIN)/python tools/build_matrix.py --all
+
+bench: $(NATIVE)
+	$(BIN)/python benchmarks/bench_optim.py
+
+lint: $(NATIVE)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(NATIVE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pytrain/*.so pytrain/_build_reason.txt
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+.venv: $(NATIVE)
+
+$(DEPENDENCIES): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH) $(BUILD_REQUIREMENTS)
+	PYTRAIN_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,dev]'
+	touch $@
+
+$(NATIVE): $(DEPENDENCIES) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@

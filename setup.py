@@ -1,0 +1,156 @@
+"""Builds pytrain's two binaries: the kernel library (LibTorch stable ABI, no Python in it), a small pybind11 module.
+
+PYTRAIN_NO_NATIVE=1 builds pure Python, and so does a machine without a C++ compiler; CXX picks the compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from subprocess import CalledProcessError
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, LinkError
+
+ROOT = Path(__file__).resolve().parent
+KERNEL_LIBRARY = "pytrain._kernels"
+KERNEL_SOURCES = [
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/kernels_baseline.cpp",
+    "csrc/cpu/kernels_avx2.cpp",
+    "csrc/cpu/kernels_avx512.cpp",
+    "csrc/ops/tensor.cpp",
+    "csrc/ops/table.cpp",
+    "csrc/ops/optim.cpp",
+]
+BIND_MODULE = "pytrain._C"
+BIND_SOURCES = ["csrc/bind.cpp", "csrc/cpu/isa.cpp"]
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
+TORCH_FLOOR = (2, 10)
+# The oldest LibTorch whose stable ABI the kernels may use: major, minor, patch in the three highest bytes.
+TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02X}{TORCH_FLOOR[1]:02X}000000000000"
+
+COMPILE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",  # without it half of the loops stay scalar
+    "-ffp-contract=off",  # the same bits on every instruction set
+    "-fno-lto",  # a distribution's Python may ask for it; functions of one instruction set must not move to another
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    f"-ffile-prefix-map={ROOT}/=",  # messages name csrc/..., not a folder of the machine that built it
+    "-Wall",
+    "-Wextra",
+]
+KERNEL_LINK_FLAGS = ["-Wl,--as-needed", "-Wl,--no-undefined"] if sys.platform == "linux" else []
+
+REASON_FILE = "_build_reason.txt"
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler command: $CXX if set, else the first of c++, g++, clang++ on PATH, else None."""
+    wanted = os.environ.get("CXX")
+    if wanted:
+        if shutil.which(shlex.split(wanted)[0]) is None:
+            raise SystemExit(f"pytrain: CXX is {wanted!r}, which is not an executable on PATH; unset it or correct it")
+        return wanted
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def pure_python_reason() -> str | None:
+    """Return why no native code is to be built, or None if it is."""
+    if os.environ.get("PYTRAIN_NO_NATIVE", "0") not in ("", "0"):
+        return "PYTRAIN_NO_NATIVE=1 was set when pytrain was built"
+    compiler = find_compiler()
+    if compiler is None:
+        return "no C++ compiler was found when pytrain was built (CXX is not set; no c++, g++ or clang++ on PATH)"
+    os.environ["CXX"] = compiler  # read by torch's BuildExtension (to compile) and by setuptools (to link)
+    return None
+
+
+class BuildPy(build_py):
+    """Copies the Python files, and leaves beside them the reason why a build is pure Python."""
+
+    def run(self) -> None:
+        super().run()
+        package = Path("pytrain") if self.editable_mode else Path(self.build_lib, "pytrain")
+        (package / REASON_FILE).unlink(missing_ok=True)
+        if PURE_REASON is None:
+            return
+        for binary in package.glob("*.so"):  # of an earlier, native build
+            binary.unlink()
+        (package / REASON_FILE).write_text(PURE_REASON + "\n", encoding="utf-8")
+        print(f"pytrain: building WITHOUT native kernels: {PURE_REASON}", file=sys.stderr, flush=True)
+
+
+def native_build() -> tuple[list[Extension], type[Command]]:
+    """Return the two extensions, and the build_ext command (torch's, through ninja where it is installed) for them."""
+    try:
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"pytrain: building the native kernels needs the Python package {error.name!r}, which is not installed.\n"
+            "Build with isolation (`pip install .`, which brings it along), or install the build requirements first:"
+            " `pip install setuptools pybind11 ninja 'torch>=2.10'`, or set PYTRAIN_NO_NATIVE=1 for pure Python."
+        ) from error
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        raise SystemExit(f"pytrain: building the native kernels needs torch >= {floor}, this is {torch.__version__}")
+
+    class BuildNative(cpp_extension.BuildExtension):
+        def get_ext_filename(self, ext_name: str) -> str:
+            if ext_name.split(".")[-1] == KERNEL_LIBRARY.split(".")[-1]:  # one file for every Python: no ABI tag
+                return ext_name.replace(".", os.sep) + ".so"
+            return str(super().get_ext_filename(ext_name))
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except (CompileError, LinkError, CalledProcessError, RuntimeError) as error:
+                raise SystemExit(
+                    f"pytrain: compiling with {os.environ['CXX']} failed (its messages stand above): {error}\n"
+                    "Hint: PYTRAIN_NO_NATIVE=1 builds pytrain without native kernels."
+                ) from error
+
+    torch_includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    kernels = Extension(
+        KERNEL_LIBRARY,
+        sources=KERNEL_SOURCES,
+        depends=HEADERS,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu"],
+        extra_compile_args=COMPILE_FLAGS + torch_includes,
+        extra_link_args=KERNEL_LINK_FLAGS,
+        language="c++",
+    )
+    bind = Extension(
+        BIND_MODULE,
+        sources=BIND_SOURCES,
+        depends=HEADERS,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=[*COMPILE_FLAGS, f"-isystem{pybind11.get_include()}"],
+        language="c++",
+    )
+    return [kernels, bind], BuildNative
+
+
+PURE_REASON = pure_python_reason()
+cmdclass: dict[str, type[Command]] = {"build_py": BuildPy}
+ext_modules: list[Extension] = []
+# The metadata and the sdist need neither torch nor a compiler.
+if PURE_REASON is None and BUILD_COMMANDS.intersection(sys.argv):
+    ext_modules, cmdclass["build_ext"] = native_build()
+setup(ext_modules=ext_modules, cmdclass=cmdclass)
