@@ -19,6 +19,7 @@ from setuptools.errors import CompileError, LinkError
 ROOT = Path(__file__).resolve().parent
 KERNEL_LIBRARY = "pytrain._kernels"
 KERNEL_SOURCES = [
+    "csrc/core/layout.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_baseline.cpp",
@@ -29,7 +30,7 @@ KERNEL_SOURCES = [
     "csrc/ops/optim.cpp",
 ]
 BIND_MODULE = "pytrain._C"
-BIND_SOURCES = ["csrc/bind.cpp", "csrc/cpu/isa.cpp"]
+BIND_SOURCES = ["csrc/bind.cpp", "csrc/core/layout.cpp", "csrc/cpu/isa.cpp"]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 TORCH_FLOOR = (2, 10)
@@ -101,7 +102,7 @@ def native_build() -> tuple[list[Extension], type[Command]]:
         raise SystemExit(
             f"pytrain: building the native kernels needs the Python package {error.name!r}, which is not installed.\n"
             "Build with isolation (`pip install .`, which brings it along), or install the build requirements first:"
-            " `pip install setuptools pybind11 ninja 'torch>=2.10'`, or set PYTRAIN_NO_NATIVE=1 for pure Python."
+            " `pip install 'setuptools>=77.0.3' pybind11 ninja 'torch>=2.10'`, or set PYTRAIN_NO_NATIVE=1 for pure Python."
         ) from error
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < TORCH_FLOOR:

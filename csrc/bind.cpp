@@ -1,17 +1,25 @@
 // The small Python module: facts about the build and the rules, and a cheap answer to "are these still the same
-// objects?". It knows Python's dicts and lists, no tensors; the kernels stand in a library without Python.
+// objects?" and "where do these tensors lie?". It computes nothing; the kernels stand in a library without Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <ATen/dlpack.h>  // a header of plain C structs, from the DLPack standard
+
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "core/layout.h"
 #include "cpu/isa.h"
 #include "rules/all.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using pytrain::core::Format;
+using pytrain::core::Pair;
+using pytrain::core::View;
 
 // Hyperparameters that cannot change while the object stays the same.
 bool immutable(PyObject* value) {
@@ -95,9 +103,11 @@ class Watch {
 };
 
 // The attribute of each item that has it (is not None), and the positions of those items; no positions mean all.
-py::tuple collect(const py::list& items, const py::str& attribute) {
+// Calls found(item, value, how many came before) for each.
+template <class Found>
+py::tuple collect_each(const py::list& items, const py::str& attribute, Found&& found) {
   const Py_ssize_t n = PyList_GET_SIZE(items.ptr());
-  py::list found(n), positions;
+  py::list values(n), positions;
   Py_ssize_t kept = 0;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* const value = PyObject_GetAttr(PyList_GET_ITEM(items.ptr(), i), attribute.ptr());
@@ -110,11 +120,80 @@ py::tuple collect(const py::list& items, const py::str& attribute) {
       continue;
     }
     if (kept < i) positions.append(i);
-    PyList_SET_ITEM(found.ptr(), kept++, value);
+    PyList_SET_ITEM(values.ptr(), kept, value);
+    found(PyList_GET_ITEM(items.ptr(), i), value, kept++);
   }
-  if (kept < n && PyList_SetSlice(found.ptr(), kept, n, nullptr) != 0) throw py::error_already_set();
-  return py::make_tuple(std::move(found), std::move(positions));
+  if (kept < n && PyList_SetSlice(values.ptr(), kept, n, nullptr) != 0) throw py::error_already_set();
+  return py::make_tuple(std::move(values), std::move(positions));
 }
+
+py::tuple collect(const py::list& items, const py::str& attribute) {
+  return collect_each(items, attribute, [](PyObject*, PyObject*, Py_ssize_t) {});
+}
+
+// Reads tensors' addresses, sizes and strides through the C exchange API of the DLPack standard (1.3), which costs a
+// tenth of a list of tensors passed to an op. What it cannot read is marked unusable; the caller then passes lists.
+class Reader {
+ public:
+  // exchange: torch.Tensor.__dlpack_c_exchange_api__; types: the exact types that it may read.
+  Reader(const py::object& exchange, const py::tuple& types) : exchange_(exchange), types_(types) {
+    api_ = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (!api_) throw py::error_already_set();
+    if (api_->header.version.major != DLPACK_MAJOR_VERSION) throw py::import_error("another DLPack major version");
+  }
+
+  // `collect` of the gradients; fills in a Pair a parameter that has one, at an address with room for all.
+  py::tuple gather(const py::list& params, std::uintptr_t address) const {
+    auto* const pairs = reinterpret_cast<Pair*>(address);
+    return collect_each(params, grad_, [&](PyObject* param, PyObject* grad, Py_ssize_t k) {
+      pairs[k] = {read(param), read(grad)};
+    });
+  }
+
+ private:
+  View read(PyObject* tensor) const {
+    View v;
+    bool known = false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types_.ptr()); ++i) {
+      known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == PyTuple_GET_ITEM(types_.ptr(), i);
+    }
+    DLTensor d;
+    if (!known) return v;
+    if (api_->dltensor_from_py_object_no_sync(tensor, &d) != 0) {
+      PyErr_Clear();
+      return v;
+    }
+    if (d.device.device_type != kDLCPU || d.dtype.lanes != 1 || (d.ndim > 0 && !d.strides)) return v;
+    if (d.dtype.code == kDLFloat) {
+      v.format = d.dtype.bits == 32   ? Format::fp32
+                 : d.dtype.bits == 64 ? Format::fp64
+                 : d.dtype.bits == 16 ? Format::fp16
+                                      : Format::none;
+    } else if (d.dtype.code == kDLBfloat && d.dtype.bits == 16) {
+      v.format = Format::bf16;
+    }
+    v.data = static_cast<char*>(d.data) + d.byte_offset;
+    v.dim = d.ndim;
+    v.sizes = d.shape;
+    v.strides = d.strides;
+    v.numel = 1;
+    for (int64_t i = 0; i < v.dim; ++i) v.numel *= v.sizes[i];
+    v.contiguous = pytrain::core::contiguous(v);
+    // A lazily negated view is not told apart here. It comes from the imaginary part of a complex tensor and so has
+    // strides of two, which go through the lists, unless it has but one element.
+    v.usable = v.numel != 1 || !is_negated(tensor);
+    return v;
+  }
+
+  static bool is_negated(PyObject* tensor) {
+    return py::reinterpret_borrow<py::object>(tensor).attr("is_neg")().cast<bool>();
+  }
+
+  py::object exchange_;
+  py::tuple types_;
+  py::str grad_{"grad"};
+  const DLPackExchangeAPI* api_;
+};
 
 template <class Rule>
 py::dict describe() {
@@ -160,6 +239,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &isa_levels, "Every instruction set level and whether this machine supports it.");
   m.def("collect", &collect, py::arg("items"), py::arg("attribute"),
         "(values, positions) of an attribute over a list, leaving out None; empty positions mean every item.");
+  m.attr("pair_words") = sizeof(pytrain::core::Pair) / sizeof(int64_t);
+  py::class_<Reader>(m, "Reader", "Reads where parameters and gradients lie, through DLPack's C exchange API.")
+      .def(py::init<const py::object&, const py::tuple&>(), py::arg("exchange"), py::arg("types"))
+      .def("gather", &Reader::gather, py::arg("params"), py::arg("address"),
+           "As collect(params, \"grad\"); also fills in a Pair for each parameter with a gradient at an address.");
   py::class_<Watch>(m, "Watch", "Remembers the objects in an optimizer's param_groups and state.")
       .def(py::init<const py::list&, const py::dict&>(), py::arg("groups"), py::arg("state"))
       .def("check", &Watch::check, py::arg("groups"), py::arg("state"),

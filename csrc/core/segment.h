@@ -7,7 +7,7 @@ namespace pytrain::core {
 
 constexpr int max_states = 4;
 
-enum class Format : int { fp32, fp64, bf16, fp16 };
+enum class Format : int { none = -1, fp32, fp64, bf16, fp16 };
 constexpr int format_count = 4;
 
 struct Segment {

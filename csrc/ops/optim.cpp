@@ -44,7 +44,7 @@ std::string schema(const RuleInfo& rule) {
 
 View control_view(AtenTensorHandle control, const char* op) {
   const View v = view(control, false);
-  STD_TORCH_CHECK(v.usable && v.contiguous && v.dtype == aoti_torch_dtype_float64() &&
+  STD_TORCH_CHECK(v.usable && v.contiguous && v.format == Format::fp64 &&
                       v.numel >= core::control_head + core::control_row &&
                       (v.numel - core::control_head) % core::control_row == 0,
                   op, "_: control must be a contiguous float64 CPU tensor of ", core::control_head, " + ",
@@ -125,20 +125,34 @@ void free_table(StableIValue* stack, uint64_t, uint64_t) {
   tables().by_id.erase(found);
 }
 
+std::shared_ptr<Table> find_table(int64_t id) {
+  const std::lock_guard<std::mutex> lock(tables().lock);
+  const auto found = tables().by_id.find(id);
+  STD_TORCH_CHECK(found != tables().by_id.end(), "_table_step: there is no table ", id);
+  return found->second;
+}
+
 // _table_step(int table, Tensor(a!)[] params, Tensor[] grads, int[] rows, Tensor control, bool write, bool strict) -> int
 void step_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[1]), grads(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
   const Handle control(to<AtenTensorHandle>(stack[4]));
-  std::shared_ptr<Table> table;
-  {
-    const std::lock_guard<std::mutex> lock(tables().lock);
-    const auto found = tables().by_id.find(to<int64_t>(stack[0]));
-    STD_TORCH_CHECK(found != tables().by_id.end(), "_table_step: there is no table ", to<int64_t>(stack[0]));
-    table = found->second;
-  }
-  stack[0] = from(table->step(params, grads, rows, control_view(control.get(), "_table_step"), to<bool>(stack[5]),
-                              to<bool>(stack[6])));
+  const bool write = to<bool>(stack[5]), strict = to<bool>(stack[6]);
+  const View block = control_view(control.get(), "_table_step");
+  stack[0] = from(find_table(to<int64_t>(stack[0]))->step(params, grads, rows, block, write, strict));
+}
+
+// _table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, bool write) -> int
+// pairs: the memory of n Pairs, as int64, that the caller has just filled in and whose tensors it keeps alive.
+void step_table_pairs(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle pairs(to<AtenTensorHandle>(stack[1])), control(to<AtenTensorHandle>(stack[4]));
+  const int64_t n = to<int64_t>(stack[2]);
+  const auto rows = to<std::vector<int64_t>>(stack[3]);
+  const View memory = view(pairs.get(), false), block = control_view(control.get(), "_table_step_pairs");
+  STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel * int64_t(sizeof(int64_t)) >= n * int64_t(sizeof(Pair)),
+                  "_table_step_pairs: pairs has ", memory.numel, " elements, too few for n = ", n);
+  const auto table = find_table(to<int64_t>(stack[0]));
+  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, to<bool>(stack[5])));
 }
 
 // _isa(str level) -> str: the level in use, after changing it to `level` if that is not empty.
@@ -163,6 +177,7 @@ STABLE_TORCH_LIBRARY(pytrain, m) {
   m.def(
       "_table_step(int table, Tensor(a!)[] params, Tensor[] grads, int[] rows, Tensor control, bool write, bool strict)"
       " -> int");
+  m.def("_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, bool write) -> int");
   m.def("_isa(str level) -> str");
 }
 
@@ -175,5 +190,6 @@ STABLE_TORCH_LIBRARY_IMPL(pytrain, CompositeExplicitAutograd, m) {
   m.impl("_table", &pytrain::ops::make_table);
   m.impl("_table_free", &pytrain::ops::free_table);
   m.impl("_table_step", &pytrain::ops::step_table);
+  m.impl("_table_step_pairs", &pytrain::ops::step_table_pairs);
   m.impl("_isa", &pytrain::ops::isa);
 }

@@ -1,8 +1,6 @@
 // Checks every tensor of a step before anything is written, then runs one parallel region over all their elements.
 #include "ops/table.h"
 
-#include <atomic>
-#include <optional>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -10,26 +8,16 @@
 namespace pytrain::ops {
 namespace {
 
-using core::Format;
 using core::Segment;
 using torch::stable::Tensor;
 
 // Below this many elements a second thread costs more than it brings; torch uses the same number.
 constexpr int64_t grain_elements = 32768;
-// The check of one row takes about as long as the update of a few hundred elements.
-constexpr int64_t grain_rows = 512;
+// The check of one row takes about as long as the update of a hundred elements.
+constexpr int64_t grain_rows = 1024;
 
 constexpr uint8_t stage_grad = 1;   // the gradient lies differently in memory, or has another dtype
 constexpr uint8_t stage_param = 2;  // the parameter has gaps: it is updated in a copy without them
-
-std::optional<Format> format_of(int32_t dtype) {
-  static const int32_t dtypes[core::format_count] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
-                                                     aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
-  for (int f = 0; f < core::format_count; ++f) {
-    if (dtype == dtypes[f]) return static_cast<Format>(f);
-  }
-  return std::nullopt;
-}
 
 std::string shape(const View& v) {
   std::string text = "(";
@@ -39,8 +27,17 @@ std::string shape(const View& v) {
 
 }  // namespace
 
-enum class Table::Misfit : int { none, param_kind, param_dtype, overlap, grad_kind, grad_shape, state_kind, state_layout,
-                                 step };
+enum class Table::Misfit : int {
+  none,
+  param_kind,
+  param_format,
+  overlap,
+  grad_kind,
+  grad_shape,
+  state_kind,
+  state_layout,
+  step
+};
 
 Table::Table(int rule, const RuleInfo& info, std::vector<Handle> states, std::vector<Handle> steps,
              std::vector<int64_t> groups)
@@ -55,10 +52,23 @@ Table::Table(int rule, const RuleInfo& info, std::vector<Handle> states, std::ve
   }
 }
 
+void Table::check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const {
+  const int64_t all = static_cast<int64_t>(groups_.size());
+  const int64_t expected = rows.empty() ? all : static_cast<int64_t>(rows.size());
+  STD_TORCH_CHECK(n == expected, info_.name, "_: params has ", n, " tensors, expected ", expected);
+  const int64_t control_rows = (control.numel - core::control_head) / core::control_row;
+  for (int64_t k = 0; k < n; ++k) {
+    const int64_t row = rows.empty() ? k : rows[k];
+    STD_TORCH_CHECK(row >= 0 && row < all, info_.name, "_: rows[", k, "] is ", row, ", expected 0 to ", all - 1);
+    STD_TORCH_CHECK(groups_[row] < control_rows, info_.name, "_: groups[", row, "] is ", groups_[row], ", control has ",
+                    control_rows, " rows");
+  }
+}
+
 Table::Misfit Table::fit_states(int64_t row, const View& param, Segment& segment) {
   for (int s = 0; s < info_.n_states; ++s) {
     const View state = view(states_[row * info_.n_states + s].get(), true);
-    if (!state.usable || state.dtype != param.dtype) return Misfit::state_kind;
+    if (!state.usable || state.format != param.format) return Misfit::state_kind;
     const bool flat = param.contiguous && state.contiguous && param.numel == state.numel;
     if (!flat && !(same_sizes(param, state) && same_strides(param, state))) return Misfit::state_layout;
     segment.states[s] = state.data;
@@ -66,72 +76,67 @@ Table::Misfit Table::fit_states(int64_t row, const View& param, Segment& segment
   return Misfit::none;
 }
 
-Table::Misfit Table::fit(int64_t k, int64_t row, const TensorList& params, const TensorList& grads, uint8_t& staging) {
-  const View p = view(params[k], true), g = view(grads[k], false);
+Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair, Format format) {
+  const View &p = pair.param, &g = pair.grad;
   Segment& segment = segments_[k];
-  staging = 0;
+  staging_[k] = 0;
   if (!p.usable) return Misfit::param_kind;
-  if (p.dtype != dtype_) return Misfit::param_dtype;
+  if (p.format != format || format == Format::none) return Misfit::param_format;
   if (!g.usable) return Misfit::grad_kind;
   if (!same_sizes(p, g)) return Misfit::grad_shape;
-  if (!p.contiguous && !dense(p)) {
+  if (!dense(p)) {
     if (!evidently_disjoint(p)) return Misfit::overlap;
-    staging = stage_param | stage_grad;
-  } else if (g.dtype != p.dtype || (!(p.contiguous && g.contiguous) && !same_strides(p, g))) {
-    staging = stage_grad;
+    staging_[k] = stage_param | stage_grad;
+  } else if (g.format != p.format || (!(p.contiguous && g.contiguous) && !same_strides(p, g))) {
+    staging_[k] = stage_grad;
   }
   segment.param = p.data;
   segment.grad = g.data;
   segment.numel = p.numel;
   segment.group = groups_[row];
   if (info_.counts) {
-    static const int32_t fp32 = aoti_torch_dtype_float32();
     const View step = view(steps_[row].get(), true);
-    if (!step.usable || step.dtype != fp32 || step.numel != 1) return Misfit::step;
-    counts_[k] = step.data;
-    segment.step = static_cast<double>(*static_cast<const float*>(step.data)) + 1.0;
+    if (!step.usable || step.format != Format::fp32 || step.numel != 1) return Misfit::step;
+    counts_[k] = static_cast<float*>(step.data);
+    segment.step = static_cast<double>(*counts_[k]) + 1.0;
   }
-  if (staging & stage_param) return Misfit::none;  // its states are checked against the copy
+  if (staging_[k] & stage_param) return Misfit::none;  // its states are checked against the copy
   return fit_states(row, p, segment);
 }
 
-Table::Misfit Table::fit_all(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
-                             int64_t& bad) {
-  const int64_t n = params.size();
-  std::atomic<int64_t> first_bad{n};
-  std::vector<Misfit> misfits(1, Misfit::none);
+Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows) {
+  segments_.resize(n);
+  offsets_.resize(n);
+  counts_.resize(n);
+  staging_.resize(n);
+  format_ = n ? pairs[0].param.format : Format::none;
+  Found first{Misfit::none, n};
   std::mutex one_at_a_time;
   torch::stable::parallel_for(0, n, grain_rows, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const Misfit misfit = fit(k, rows.empty() ? k : rows[k], params, grads, staging_[k]);
+      const Misfit misfit = fit(k, rows.empty() ? k : rows[k], pairs[k], format_);
       if (misfit == Misfit::none) continue;
       const std::lock_guard<std::mutex> lock(one_at_a_time);
-      if (k < first_bad) {
-        first_bad = k;
-        misfits[0] = misfit;
-      }
+      if (k < first.k) first = {misfit, k};
       return;
     }
   });
-  bad = first_bad;
-  return misfits[0];
+  return first;
 }
 
-std::string Table::explain(Misfit misfit, int64_t k, int64_t row, const TensorList& params,
-                           const TensorList& grads) const {
-  const View p = view(params[k], false), g = view(grads[k], false);
-  const std::string at = "[" + std::to_string(k) + "]";
-  switch (misfit) {
+std::string Table::explain(Found found, const Pair& pair) const {
+  const std::string at = "[" + std::to_string(found.k) + "]";
+  switch (found.misfit) {
     case Misfit::param_kind:
       return "params" + at + " is not a strided tensor on the CPU";
-    case Misfit::param_dtype:
+    case Misfit::param_format:
       return "params" + at + " has a dtype unlike params[0]'s, or one that is not float32, float64, bfloat16 or float16";
     case Misfit::overlap:
       return "params" + at + " has elements that share memory (for instance from expand()); pass a contiguous tensor";
     case Misfit::grad_kind:
       return "grads" + at + " is not a strided tensor on the CPU";
     case Misfit::grad_shape:
-      return "grads" + at + " has shape " + shape(g) + ", params" + at + " has " + shape(p);
+      return "grads" + at + " has shape " + shape(pair.grad) + ", params" + at + " has " + shape(pair.param);
     case Misfit::state_kind:
       return "a state of params" + at + " is not a strided tensor on the CPU with its dtype";
     case Misfit::state_layout:
@@ -141,20 +146,36 @@ std::string Table::explain(Misfit misfit, int64_t k, int64_t row, const TensorLi
     case Misfit::none:
       break;
   }
-  return "params" + at + " fits row " + std::to_string(row);
+  return "all tensors fit";
 }
 
-void Table::update(const core::Control* control) {
+int64_t Table::run(const View& control) {
+  const auto* const block = static_cast<const core::Control*>(control.data);
+  if (block->found_inf != 0.0) return skipped;
   const int64_t n = static_cast<int64_t>(segments_.size());
   int64_t total = 0;
   for (int64_t k = 0; k < n; ++k) {
+    if (info_.counts) *counts_[k] = static_cast<float>(segments_[k].step);
     offsets_[k] = total;
     total += segments_[k].numel;
   }
-  const auto kernel = cpu::current_kernels().step[rule_][static_cast<int>(*format_of(dtype_))];
+  const auto kernel = cpu::current_kernels().step[rule_][static_cast<int>(format_)];
   torch::stable::parallel_for(0, total, grain_elements, [&](int64_t begin, int64_t end) {
-    kernel(segments_.data(), offsets_.data(), n, control, begin, end);
+    kernel(segments_.data(), offsets_.data(), n, block, begin, end);
   });
+  return applied;
+}
+
+int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, bool write) {
+  const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
+  STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
+  check_call(n, rows, control);
+  const Found found = fit_all(pairs, n, rows);
+  if (found.misfit != Misfit::none) return found.k;
+  for (int64_t k = 0; k < n; ++k) {
+    if (staging_[k]) return k;
+  }
+  return write ? run(control) : applied;
 }
 
 int64_t Table::step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
@@ -162,60 +183,39 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
   const int64_t n = params.size();
-  const int64_t expected = rows.empty() ? static_cast<int64_t>(groups_.size()) : static_cast<int64_t>(rows.size());
-  STD_TORCH_CHECK(n == expected, info_.name, "_: params has ", n, " tensors, expected ", expected);
   STD_TORCH_CHECK(grads.size() == n, info_.name, "_: grads has ", grads.size(), " tensors, params has ", n);
-  const int64_t control_rows = (control.numel - core::control_head) / core::control_row;
-  for (int64_t k = 0; k < n; ++k) {
-    const int64_t row = rows.empty() ? k : rows[k];
-    STD_TORCH_CHECK(row >= 0 && row < static_cast<int64_t>(groups_.size()), info_.name, "_: rows[", k, "] is ", row,
-                    ", expected 0 to ", groups_.size() - 1);
-    STD_TORCH_CHECK(groups_[row] < control_rows, info_.name, "_: groups[", row, "] is ", groups_[row], ", control has ",
-                    control_rows, " rows");
-  }
-  if (n == 0) return applied;
-
-  segments_.resize(n);
-  offsets_.resize(n);
-  counts_.resize(n);
-  staging_.resize(n);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(params[0], &dtype_));
-  int64_t bad = 0;
-  Misfit misfit = format_of(dtype_) ? fit_all(params, grads, rows, bad) : Misfit::param_dtype;
+  check_call(n, rows, control);
+  std::vector<Pair> pairs(n);
+  for (int64_t k = 0; k < n; ++k) pairs[k] = {view(params[k], true), view(grads[k], false)};
+  Found found = fit_all(pairs.data(), n, rows);
 
   // Copies of the few tensors that lie in memory in a way the loop does not walk.
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (parameter, its updated copy)
-  std::vector<Tensor> alive;
-  for (int64_t k = 0; misfit == Misfit::none && k < n; ++k) {
+  std::vector<Tensor> grad_copies;
+  for (int64_t k = 0; found.misfit == Misfit::none && k < n; ++k) {
     if (!staging_[k]) continue;
     const Tensor p = share(params[k]).take(), g = share(grads[k]).take();
     Tensor grad_copy = torch::stable::empty_like(p);
     torch::stable::copy_(grad_copy, g);
     segments_[k].grad = grad_copy.const_data_ptr();
-    alive.push_back(grad_copy);
+    grad_copies.push_back(grad_copy);
     if (staging_[k] & stage_param) {
       Tensor copy = torch::stable::empty_like(p);
       torch::stable::copy_(copy, p);
       segments_[k].param = copy.mutable_data_ptr();
-      misfit = fit_states(rows.empty() ? k : rows[k], view(copy.get(), true), segments_[k]);
-      bad = k;
+      found = {fit_states(rows.empty() ? k : rows[k], view(copy.get(), true), segments_[k]), k};
       write_back.emplace_back(p, copy);
     }
   }
-  if (misfit != Misfit::none) {
-    STD_TORCH_CHECK(!strict, info_.name, "_: ", explain(misfit, bad, rows.empty() ? bad : rows[bad], params, grads));
-    return bad;
+  if (found.misfit != Misfit::none) {
+    STD_TORCH_CHECK(!strict, info_.name, "_: ", explain(found, pairs[found.k]));
+    return found.k;
   }
-
-  if (!write) return applied;
-  const auto* const block = static_cast<const core::Control*>(control.data);
-  if (block->found_inf != 0.0) return skipped;
-  if (info_.counts) {
-    for (int64_t k = 0; k < n; ++k) *static_cast<float*>(counts_[k]) = static_cast<float>(segments_[k].step);
+  const int64_t result = write ? run(control) : applied;
+  if (write && result == applied) {
+    for (auto& [param, copy] : write_back) torch::stable::copy_(param, copy);
   }
-  update(block);
-  for (auto& [param, copy] : write_back) torch::stable::copy_(param, copy);
-  return applied;
+  return result;
 }
 
 }  // namespace pytrain::ops

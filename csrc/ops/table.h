@@ -11,6 +11,8 @@
 
 namespace pytrain::ops {
 
+using core::Pair;
+
 // Facts about a rule that the ops need; one entry a rule, in the order of rules::All.
 struct RuleInfo {
   const char* name;
@@ -34,14 +36,21 @@ class Table {
   // With `strict` a misfit is an error with the reason; without `write` it is looked for and nothing else is done.
   int64_t step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
                const View& control, bool write, bool strict);
+  // The same from facts that the caller has read. Tensors that must be copied first count as a misfit here.
+  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, bool write);
 
  private:
   enum class Misfit : int;
-  Misfit fit(int64_t k, int64_t row, const TensorList& params, const TensorList& grads, uint8_t& staging);
+  struct Found {
+    Misfit misfit;
+    int64_t k;
+  };
+  void check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const;
+  Found fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows);
+  Misfit fit(int64_t k, int64_t row, const Pair& pair, Format format);
   Misfit fit_states(int64_t row, const View& param, core::Segment& segment);
-  Misfit fit_all(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows, int64_t& bad);
-  std::string explain(Misfit misfit, int64_t k, int64_t row, const TensorList& params, const TensorList& grads) const;
-  void update(const core::Control* control);
+  std::string explain(Found found, const Pair& pair) const;
+  int64_t run(const View& control);
 
   const int rule_;
   const RuleInfo info_;
@@ -51,9 +60,9 @@ class Table {
   // Scratch of one step, kept so that a step allocates nothing. A segment's grad and param may be staged copies.
   std::vector<core::Segment> segments_;
   std::vector<int64_t> offsets_;
-  std::vector<void*> counts_;
+  std::vector<float*> counts_;
   std::vector<uint8_t> staging_;
-  int32_t dtype_ = -1;
+  Format format_ = Format::none;
 };
 
 }  // namespace pytrain::ops

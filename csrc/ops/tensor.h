@@ -8,7 +8,12 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/layout.h"
+
 namespace pytrain::ops {
+
+using core::Format;
+using core::View;
 
 // Owns a reference to a tensor.
 class Handle {
@@ -63,26 +68,7 @@ inline Handle share(AtenTensorHandle lent) {
   return Handle(own);
 }
 
-// What the checks and the loops need to know of a strided tensor on the CPU; borrowed from its handle.
-struct View {
-  void* data = nullptr;
-  int64_t numel = 0, dim = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  int32_t dtype = -1;
-  bool contiguous = false;
-  bool usable = false;  // strided and on the CPU; nothing else is filled in where it is not
-};
-
 // Reads a tensor's facts. A parameter's or state's data is wanted writable: a copy-on-write tensor splits off then.
 View view(AtenTensorHandle tensor, bool writable);
-
-bool same_sizes(const View& a, const View& b);
-// Equal strides wherever a dimension has more than one element.
-bool same_strides(const View& a, const View& b);
-// Its elements fill one block of memory without gaps, in any order of dimensions.
-bool dense(const View& a);
-// No two of its elements share memory. Says no to layouts so odd that this is not evident from the strides.
-bool evidently_disjoint(const View& a);
 
 }  // namespace pytrain::ops

@@ -6,6 +6,7 @@ remembered ones, and the kernels read every tensor's address, sizes and strides 
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer, Rule
 
 CONTROL_HEAD, CONTROL_ROW, CONTROL_HYPERS = 2, 16, 2  # csrc/core/control.h
+SMALL, BLOCK_BYTES = 16384, 2**20  # states of up to so many elements share blocks of up to so many bytes
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -36,14 +38,18 @@ class Plan:
     where: list[str] = field(default_factory=list)
     states: list[list[Tensor]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    mutated: list[Tensor] = field(default_factory=list)  # params and states: their autograd versions rise
+    bases: list[Tensor] = field(default_factory=list)  # what shares its autograd version with the states
+    pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
     table: int = 0
 
     def finish(self) -> None:
         """Hand the states over to the kernel library."""
         flat = [state for row in self.states for state in row]
-        self.mutated = self.params + flat
+        bases = [state if state._base is None else state._base for state in (*flat, *self.steps)]
+        self.bases = list({id(base): base for base in bases}.values())
         self.table = torch.ops.pytrain._table(self.rule.name, flat, self.steps, self.groups)
+        if backend.facts and backend.reader:
+            self.pairs = torch.empty(len(self.params) * backend.facts.pair_words, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,10 @@ class Settled:
         work: list[Work] = []
         for plan in self.plans:
             assert facts is not None
-            grads, rows = facts.collect(plan.params, "grad")
+            if plan.pairs is None:
+                grads, rows = facts.collect(plan.params, "grad")
+            else:
+                grads, rows = backend.reader.gather(plan.params, plan.pairs.data_ptr())
             if grads:
                 work.append((plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows))
         for slow in self.slow:
@@ -126,19 +135,26 @@ class Settled:
     def call(self, work: Work, last_try: bool, *, write: bool) -> bool:
         """Check (and, with `write`, step) one plan by the kernels."""
         plan, params, grads, rows = work
-        op = torch.ops.pytrain._table_step.default
-        unfit: int = op(plan.table, params, grads, rows, self.control, write, False)
-        if unfit >= 0:
-            if last_try:
+        unfit = 0
+        if plan.pairs is not None:
+            fast = torch.ops.pytrain._table_step_pairs.default
+            unfit = fast(plan.table, plan.pairs, len(grads), rows, self.control, write)
+            if unfit >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
+                plan.pairs = None
+        if plan.pairs is None:
+            op = torch.ops.pytrain._table_step.default
+            unfit = op(plan.table, params, grads, rows, self.control, write, False)
+            if unfit >= 0 and last_try:
                 where = plan.where[rows[unfit] if rows else unfit]
                 try:
                     op(plan.table, params, grads, rows, self.control, write, True)
                 except RuntimeError as error:
-                    raise UnfitError(f"{where}: {str(error).splitlines()[0]}") from None
+                    reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
+                    raise UnfitError(f"{where}: {reason}") from None
+        if unfit >= 0:
             return False
         if write:
-            touched = params + [state for k in rows for state in plan.states[k]] if rows else plan.mutated
-            torch.autograd.graph.increment_version(touched)
+            torch.autograd.graph.increment_version(params + plan.bases)
         return True
 
     def run_slow(self, optimizer: FusedOptimizer, slow: Slow, inv_scale: float) -> None:
@@ -182,6 +198,7 @@ def settle(optimizer: FusedOptimizer) -> Settled:
     plans: dict[tuple[str, torch.dtype], Plan] = {}
     slow: list[Slow] = []
     waiting: list[Tensor] = []
+    wanted: list[tuple[Tensor, Rule]] = []
     seen: set[int] = set()
     for index, group in enumerate(optimizer.param_groups):
         rule = optimizer.rule(group)
@@ -199,17 +216,50 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             if reason is not None:
                 slow.append(Slow(param, index, rule, where))
                 continue
-            optimizer.init_state(param, rule)
+            wanted.append((param, rule))
             plan = plans.setdefault((rule.name, param.dtype), Plan(rule))
             plan.params.append(param)
             plan.groups.append(index)
             plan.where.append(where)
-            plan.states.append(_fit_states(optimizer.state[param], param, rule, where, seen))
-            if rule.counts and optimizer.steps_in_state:
-                plan.steps.append(_fit_step(optimizer.state[param], seen))
-            elif rule.counts:  # only the first step differs, and it is the one that finds no state
+            if rule.counts and not optimizer.steps_in_state:  # only the first step differs, and it finds no state
                 plan.steps.append(torch.tensor(1.0 if complete else 0.0))
+    _make_states(optimizer, wanted)
+    for plan in plans.values():
+        for param, where in zip(plan.params, plan.where, strict=True):
+            plan.states.append(_fit_states(optimizer.state[param], param, plan.rule, where, seen))
+            if plan.rule.counts and optimizer.steps_in_state:
+                plan.steps.append(_fit_step(optimizer.state[param], seen))
     return Settled(optimizer, list(plans.values()), slow, waiting)
+
+
+def _make_states(optimizer: FusedOptimizer, wanted: list[tuple[Tensor, Rule]]) -> None:
+    """Give parameters the state that they lack; small ones from common blocks, which are quick to make and to walk."""
+    small: dict[torch.dtype, list[tuple[Tensor, str]]] = {}
+    for param, rule in wanted:
+        if param.numel() > SMALL or not param.is_contiguous():
+            optimizer.init_state(param, rule)
+            continue
+        state = optimizer.state[param]
+        for name in rule.states:
+            if state.get(name) is None:
+                small.setdefault(param.dtype, []).append((param, name))
+        if optimizer.steps_in_state and state.get("step") is None:
+            small.setdefault(torch.float32, []).append((param, "step"))
+    for dtype, needs in small.items():
+        per_line = 64 // dtype.itemsize  # each tensor starts a cache line, but for the step counts
+        sizes = [1 if name == "step" else -(-param.numel() // per_line) * per_line for param, name in needs]
+        at = 0
+        while at < len(needs):
+            end, total = at, 0
+            while end < len(needs) and (end == at or (total + sizes[end]) * dtype.itemsize <= BLOCK_BYTES):
+                total += sizes[end]
+                end += 1
+            block, offset = torch.zeros(total, dtype=dtype), 0
+            for (param, name), size in zip(needs[at:end], sizes[at:end], strict=True):
+                shape = () if name == "step" else param.shape
+                optimizer.state[param][name] = block[offset : offset + math.prod(shape)].view(shape)
+                offset += size
+            at = end
 
 
 def _why_slow(param: Tensor, state: dict[str, Tensor], rule: Rule, group: dict[str, object]) -> str | None:
