@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 NATIVE := $(VENV)/.native
 TORCH := $(shell sed -n 's/^requires = .*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
-BUILD_REQUIREMENTS := setuptools pybind11 ninja wheel numpy
+BUILD_REQUIREMENTS := 'setuptools>=77.0.3' pybind11 ninja wheel numpy
 SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-full bench lint format clean
@@ -27,6 +27,7 @@ bench: $(NATIVE)
 
 lint: $(NATIVE)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: $(NATIVE)

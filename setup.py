@@ -101,8 +101,9 @@ def native_build() -> tuple[list[Extension], type[Command]]:
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"pytrain: building the native kernels needs the Python package {error.name!r}, which is not installed.\n"
-            "Build with isolation (`pip install .`, which brings it along), or install the build requirements first:"
-            " `pip install 'setuptools>=77.0.3' pybind11 ninja 'torch>=2.10'`, or set PYTRAIN_NO_NATIVE=1 for pure Python."
+            "Build with isolation (`pip install .`, which brings it along), or install the build requirements first"
+            " (`pip install 'setuptools>=77.0.3' pybind11 ninja 'torch>=2.10'`), or set PYTRAIN_NO_NATIVE=1:"
+            " that builds pure Python."
         ) from error
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < TORCH_FLOOR:

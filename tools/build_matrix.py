@@ -30,7 +30,7 @@ NOT_COPIED = shutil.ignore_patterns(
 )
 COMPILERS = ("c++", "g++", "clang++", "c++-", "g++-", "clang++-")
 BUILD_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "VIRTUAL_ENV")
-BUILD_REQUIREMENTS = ("setuptools", "pybind11", "ninja", "wheel", "numpy")
+BUILD_REQUIREMENTS = ("setuptools>=77.0.3", "pybind11", "ninja", "wheel", "numpy")
 
 # Runs in the installed environment, in an empty folder. Arguments: the backend that is expected.
 CHECK = """
@@ -286,7 +286,7 @@ def clang(shop: Workshop) -> Row:
 def no_torch(shop: Workshop) -> Row:
     """A build without isolation and without torch: an error that says what to do."""
     target, source = shop.empty_environment("no-torch"), shop.source("no-torch")
-    target.pip("install", "setuptools", "pybind11", cwd=source)
+    target.pip("install", *BUILD_REQUIREMENTS, cwd=source)
     seconds, output = target.pip("install", "--no-build-isolation", "--no-deps", ".", cwd=source, must_fail=True)
     if "needs the Python package 'torch'" not in output:
         raise MatrixError(f"no clear error:\n{output[-2000:]}")
