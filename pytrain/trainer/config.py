@@ -1,0 +1,89 @@
+"""Trainer settings: one frozen record, checked once, before anything is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pytrain.trainer.precision import PRECISIONS
+
+Precision = Literal["32", "bf16-mixed", "fp16-mixed"]
+ClipAlgorithm = Literal["norm", "value"]
+CLIP_ALGORITHMS = ("norm", "value")
+
+
+def _check_count(name: str, value: Any, *, optional: bool = False, low: int = 1) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        kind = f"an int >= {low}" + (" or None" if optional else "")
+        raise ValueError(f"Trainer: {name} must be {kind}, got {value!r}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"Trainer: {name} must be True or False, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The settings of a Trainer, described in its docstring.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the argument, the value and the range.
+    """
+
+    max_epochs: int | None
+    max_steps: int | None
+    precision: Precision
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: ClipAlgorithm
+    seed: int | None
+    log_every_n_steps: int
+    default_root_dir: Path
+    enable_progress_bar: bool
+    enable_checkpointing: bool
+    checkpoint_every_n_steps: int | None
+    keep_checkpoints: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_epochs is None and self.max_steps is None:
+            raise ValueError("Trainer: max_epochs and max_steps are both None; give at least one, an int >= 1")
+        for name in ("max_epochs", "max_steps", "checkpoint_every_n_steps", "keep_checkpoints"):
+            _check_count(name, getattr(self, name), optional=True)
+        for name in ("accumulate_grad_batches", "log_every_n_steps"):
+            _check_count(name, getattr(self, name))
+        _check_count("seed", self.seed, optional=True, low=0)
+        if self.seed is not None and self.seed >= 2**32:
+            raise ValueError(f"Trainer: seed must be below 2**32 (numpy's limit), got {self.seed}")
+        for name in ("enable_progress_bar", "enable_checkpointing"):
+            _check_bool(name, getattr(self, name))
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"Trainer: precision must be one of {sorted(PRECISIONS)}, got {self.precision!r}")
+        if self.gradient_clip_algorithm not in CLIP_ALGORITHMS:
+            raise ValueError(
+                f"Trainer: gradient_clip_algorithm must be one of {list(CLIP_ALGORITHMS)}, "
+                f"got {self.gradient_clip_algorithm!r}"
+            )
+        clip = self.gradient_clip_val
+        if clip is not None and not (
+            isinstance(clip, (int, float)) and not isinstance(clip, bool) and 0 < clip < math.inf
+        ):
+            raise ValueError(f"Trainer: gradient_clip_val must be None or a finite number > 0, got {clip!r}")
+        if self.checkpoint_every_n_steps is not None and not self.enable_checkpointing:
+            raise ValueError(
+                f"Trainer: checkpoint_every_n_steps={self.checkpoint_every_n_steps} needs enable_checkpointing=True"
+            )
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """The folder of the automatic checkpoints."""
+        return self.default_root_dir / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The JSON lines file of the metrics."""
+        return self.default_root_dir / "metrics.jsonl"

@@ -1,0 +1,65 @@
+"""Metrics as JSON lines: one object a line, valid JSON whatever the values, flushed line by line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class JsonLinesLogger:
+    """Appends metrics to a file.
+
+    A new run moves an older file aside (metrics.1.jsonl, metrics.2.jsonl, ...); a resumed run keeps the lines that
+    its checkpoint counts and drops later ones, which it will write again.
+
+    Args:
+        path: the file.
+        keep_lines: None for a new run; else the number of lines to keep.
+    """
+
+    def __init__(self, path: Path, *, keep_lines: int | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines = 0
+        if path.exists():
+            if keep_lines is None:
+                _move_aside(path)
+            else:
+                self.lines = _keep_first(path, keep_lines)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def log(self, *, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line. JSON has no inf and nan: they become null, and "nonfinite" says which was what."""
+        row: dict[str, object] = {"step": step, "epoch": epoch}
+        nonfinite = {}
+        for name, value in metrics.items():
+            row[name] = value if math.isfinite(value) else None
+            if row[name] is None:
+                nonfinite[name] = str(float(value))
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self.lines += 1
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+
+def _move_aside(path: Path) -> None:
+    number = 1
+    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    os.replace(path, target)
+
+
+def _keep_first(path: Path, count: int) -> int:
+    """Cut the file after its first `count` complete lines; return how many there are."""
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")][:count]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(b"".join(lines))
+    os.replace(temporary, path)
+    return len(lines)
