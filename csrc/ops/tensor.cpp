@@ -46,4 +46,18 @@ View view(AtenTensorHandle tensor, bool writable) {
   return v;
 }
 
+Flat read_flat(AtenTensorHandle state) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  Flat f;
+  int32_t device, dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(state, &device));
+  if (device != cpu) return f;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(state, &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(state, &f.numel));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(state, &f.contiguous));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(state, &f.data));
+  f.format = format_of(dtype);
+  return f;
+}
+
 }  // namespace pytrain::ops

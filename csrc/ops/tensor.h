@@ -71,4 +71,13 @@ inline Handle share(AtenTensorHandle lent) {
 // Reads a tensor's facts. A parameter's or state's data is wanted writable: a copy-on-write tensor splits off then.
 View view(AtenTensorHandle tensor, bool writable);
 
+// The few facts that are enough for a state, which is nearly always contiguous. Read for every state in every step.
+struct Flat {
+  void* data = nullptr;
+  int64_t numel = 0;
+  Format format = Format::none;  // none also where it is not on the CPU
+  bool contiguous = false;
+};
+Flat read_flat(AtenTensorHandle state);
+
 }  // namespace pytrain::ops

@@ -119,8 +119,7 @@ class FusedOptimizer(Optimizer):
         if self._skipped:
             return loss
         grad_scale = getattr(self, "grad_scale", None)
-        with torch.no_grad():
-            self._apply(1.0 if grad_scale is None else 1.0 / float(grad_scale))
+        self._apply(1.0 if grad_scale is None else 1.0 / float(grad_scale))
         return loss
 
     step._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile breaks the graph here

@@ -39,7 +39,9 @@ class Plan:
     states: list[list[Tensor]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     bases: list[Tensor] = field(default_factory=list)  # what shares its autograd version with the states
+    touched: list[Tensor] = field(default_factory=list)  # params and bases
     pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
+    address: int = 0  # of that memory
     table: int = 0
 
     def finish(self) -> None:
@@ -47,9 +49,11 @@ class Plan:
         flat = [state for row in self.states for state in row]
         bases = [state if state._base is None else state._base for state in (*flat, *self.steps)]
         self.bases = list({id(base): base for base in bases}.values())
+        self.touched = self.params + self.bases
         self.table = torch.ops.pytrain._table(self.rule.name, flat, self.steps, self.groups)
         if backend.facts and backend.reader:
             self.pairs = torch.empty(len(self.params) * backend.facts.pair_words, dtype=torch.int64)
+            self.address = self.pairs.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Settled:
             if plan.pairs is None:
                 grads, rows = facts.collect(plan.params, "grad")
             else:
-                grads, rows = backend.reader.gather(plan.params, plan.pairs.data_ptr())
+                grads, rows = backend.reader.gather(plan.params, plan.address)
             if grads:
                 work.append((plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows))
         for slow in self.slow:
@@ -137,26 +141,34 @@ class Settled:
         plan, params, grads, rows = work
         unfit = 0
         if plan.pairs is not None:
-            fast = torch.ops.pytrain._table_step_pairs.default
-            unfit = fast(plan.table, plan.pairs, len(grads), rows, self.control, write)
+            op = torch.ops.pytrain._table_step_pairs.default
+            unfit = op(plan.table, plan.pairs, len(grads), rows, self.control, write)
             if unfit >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
-            op = torch.ops.pytrain._table_step.default
-            unfit = op(plan.table, params, grads, rows, self.control, write, False)
-            if unfit >= 0 and last_try:
-                where = plan.where[rows[unfit] if rows else unfit]
-                try:
-                    op(plan.table, params, grads, rows, self.control, write, True)
-                except RuntimeError as error:
-                    reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
-                    raise UnfitError(f"{where}: {reason}") from None
+            unfit = self.call_with_lists(work, last_try, write)
         if unfit >= 0:
             return False
         if write:
-            torch.autograd.graph.increment_version(params + plan.bases)
+            torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)
         return True
 
+    @torch.no_grad()
+    def call_with_lists(self, work: Work, last_try: bool, write: bool) -> int:
+        """The same by lists of tensors: slower, but it copies what lies unlike its parameter, and explains a misfit."""
+        plan, params, grads, rows = work
+        op = torch.ops.pytrain._table_step.default
+        unfit: int = op(plan.table, params, grads, rows, self.control, write, False)
+        if unfit >= 0 and last_try:
+            where = plan.where[rows[unfit] if rows else unfit]
+            try:
+                op(plan.table, params, grads, rows, self.control, write, True)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
+                raise UnfitError(f"{where}: {reason}") from None
+        return unfit
+
+    @torch.no_grad()
     def run_slow(self, optimizer: FusedOptimizer, slow: Slow, inv_scale: float) -> None:
         """Step one parameter by the rule's reference: low precision in fp32, complex numbers as pairs of reals."""
         param, rule, grad = slow.param, slow.rule, slow.param.grad
@@ -188,6 +200,7 @@ class Settled:
         reals[0].copy_(copies[0] - u)
 
 
+@torch.no_grad()
 def settle(optimizer: FusedOptimizer) -> Settled:
     """Decide the backend of every parameter, make its state complete and well laid out, and build the tables.
 
