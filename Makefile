@@ -47,5 +47,5 @@ $(DEPENDENCIES): pyproject.toml
 	touch $@
 
 $(NATIVE): $(DEPENDENCIES) $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
@@ -77,19 +78,30 @@ def pure_python_reason() -> str | None:
     return None
 
 
+def settle(package: Path) -> None:
+    """Leave the reason of a pure Python build in the package, without binaries of an earlier build; or no reason."""
+    (package / REASON_FILE).unlink(missing_ok=True)
+    if PURE_REASON is None:
+        return
+    for binary in package.glob("*.so"):
+        binary.unlink()
+    (package / REASON_FILE).write_text(PURE_REASON + "\n", encoding="utf-8")
+    print(f"pytrain: building WITHOUT native kernels: {PURE_REASON}", file=sys.stderr, flush=True)
+
+
 class BuildPy(build_py):
-    """Copies the Python files, and leaves beside them the reason why a build is pure Python."""
+    """Copies the Python files and settles the package."""
 
     def run(self) -> None:
         super().run()
-        package = Path("pytrain") if self.editable_mode else Path(self.build_lib, "pytrain")
-        (package / REASON_FILE).unlink(missing_ok=True)
-        if PURE_REASON is None:
-            return
-        for binary in package.glob("*.so"):  # of an earlier, native build
-            binary.unlink()
-        (package / REASON_FILE).write_text(PURE_REASON + "\n", encoding="utf-8")
-        print(f"pytrain: building WITHOUT native kernels: {PURE_REASON}", file=sys.stderr, flush=True)
+        settle(Path("pytrain") if self.editable_mode else Path(self.build_lib, "pytrain"))
+
+
+class BuildPure(build_ext):
+    """`setup.py build_ext --inplace` where nothing is to be compiled."""
+
+    def run(self) -> None:
+        settle(Path("pytrain"))
 
 
 def native_build() -> tuple[list[Extension], type[Command]]:
@@ -115,6 +127,11 @@ def native_build() -> tuple[list[Extension], type[Command]]:
             if ext_name.split(".")[-1] == KERNEL_LIBRARY.split(".")[-1]:  # one file for every Python: no ABI tag
                 return ext_name.replace(".", os.sep) + ".so"
             return str(super().get_ext_filename(ext_name))
+
+        def run(self) -> None:
+            super().run()
+            if self.inplace:
+                settle(Path("pytrain"))
 
         def build_extensions(self) -> None:
             try:
@@ -143,14 +160,15 @@ def native_build() -> tuple[list[Extension], type[Command]]:
         sources=BIND_SOURCES,
         depends=HEADERS,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=[*COMPILE_FLAGS, f"-isystem{pybind11.get_include()}"],
+        # Of torch's headers this takes only C structs (DLPack): nothing to link.
+        extra_compile_args=[*COMPILE_FLAGS, f"-isystem{pybind11.get_include()}", *torch_includes],
         language="c++",
     )
     return [kernels, bind], BuildNative
 
 
 PURE_REASON = pure_python_reason()
-cmdclass: dict[str, type[Command]] = {"build_py": BuildPy}
+cmdclass: dict[str, type[Command]] = {"build_py": BuildPy, "build_ext": BuildPure}
 ext_modules: list[Extension] = []
 # The metadata and the sdist need neither torch nor a compiler.
 if PURE_REASON is None and BUILD_COMMANDS.intersection(sys.argv):
