@@ -122,24 +122,28 @@ class FusedOptimizer(Optimizer):
         self._apply(1.0 if grad_scale is None else 1.0 / float(grad_scale))
         return loss
 
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile breaks the graph here
-
     # ---- the step -------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # torch.compile breaks its graph here, and compiles nothing of what is called from here
     def _apply(self, inv_scale: float) -> None:
-        """Run the plans; make them anew, once, where what they were made of has changed."""
+        """Run the plans; make them anew where what they were made of has changed."""
         settled = self._settled
-        if settled is None or not settled.is_current(self):
-            settled = self._settled = settle(self)
-        if not settled.run(self, inv_scale):
-            settled = self._settled = settle(self)
+        if settled is not None and settled.is_current(self) and settled.run(self, inv_scale):
+            return
+        self._settled = None
+        settled = settle(self)
+        try:
             settled.run(self, inv_scale, last_try=True)
+        except BaseException:
+            settled.forget(self)
+            raise
+        self._settled = settled
 
     def init_state(self, param: Tensor, rule: Rule) -> None:
         """Give a parameter the state that the rule needs and it does not have yet."""
         state = self.state[param]
         if self.steps_in_state and state.get("step") is None:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name in rule.states:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

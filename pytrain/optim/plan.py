@@ -52,7 +52,7 @@ class Plan:
         self.touched = self.params + self.bases
         self.table = torch.ops.pytrain._table(self.rule.name, flat, self.steps, self.groups)
         if backend.facts and backend.reader:
-            self.pairs = torch.empty(len(self.params) * backend.facts.pair_words, dtype=torch.int64)
+            self.pairs = torch.empty(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
             self.address = self.pairs.data_ptr()
 
 
@@ -72,8 +72,15 @@ Work = tuple[Plan, list[Tensor], list[Tensor], list[int]]  # a plan, and its par
 class Settled:
     """All plans of an optimizer, and what they were made of."""
 
-    def __init__(self, optimizer: FusedOptimizer, plans: list[Plan], slow: list[Slow], waiting: list[Tensor]) -> None:
-        self.plans, self.slow, self.waiting = plans, slow, waiting
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        plans: list[Plan],
+        slow: list[Slow],
+        waiting: list[Tensor],
+        fresh: list[Tensor],
+    ) -> None:
+        self.plans, self.slow, self.waiting, self.fresh = plans, slow, waiting, fresh
         for plan in plans:
             plan.finish()
         if plans:
@@ -81,11 +88,16 @@ class Settled:
         groups = optimizer.param_groups
         self.rules = [optimizer.rule(group) for group in groups]
         self.hypers: list[tuple[float, ...]] = [() for _ in groups]
-        self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64)
+        self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
         self.block = self.control.numpy()
         self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
         self.read_hypers(optimizer)
         self.watch = backend.facts.Watch(groups, optimizer.state) if backend.facts else None
+
+    def forget(self, optimizer: FusedOptimizer) -> None:
+        """Take back the state that was made for a step that then could not be done."""
+        for param in self.fresh:
+            optimizer.state.pop(param, None)
 
     def is_current(self, optimizer: FusedOptimizer) -> bool:
         """Whether parameters and state are still the same objects; takes over changed hyperparameters."""
@@ -212,6 +224,7 @@ def settle(optimizer: FusedOptimizer) -> Settled:
     slow: list[Slow] = []
     waiting: list[Tensor] = []
     wanted: list[tuple[Tensor, Rule]] = []
+    fresh: list[Tensor] = []
     seen: set[int] = set()
     for index, group in enumerate(optimizer.param_groups):
         rule = optimizer.rule(group)
@@ -229,20 +242,23 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             if reason is not None:
                 slow.append(Slow(param, index, rule, where))
                 continue
+            _check_states(state, param, rule, where)
             wanted.append((param, rule))
+            if not state:
+                fresh.append(param)
             plan = plans.setdefault((rule.name, param.dtype), Plan(rule))
             plan.params.append(param)
             plan.groups.append(index)
             plan.where.append(where)
             if rule.counts and not optimizer.steps_in_state:  # only the first step differs, and it finds no state
-                plan.steps.append(torch.tensor(1.0 if complete else 0.0))
+                plan.steps.append(torch.tensor(1.0 if complete else 0.0, device="cpu"))
     _make_states(optimizer, wanted)
     for plan in plans.values():
-        for param, where in zip(plan.params, plan.where, strict=True):
-            plan.states.append(_fit_states(optimizer.state[param], param, plan.rule, where, seen))
+        for param in plan.params:
+            plan.states.append(_fit_states(optimizer.state[param], param, plan.rule, seen))
             if plan.rule.counts and optimizer.steps_in_state:
                 plan.steps.append(_fit_step(optimizer.state[param], seen))
-    return Settled(optimizer, list(plans.values()), slow, waiting)
+    return Settled(optimizer, list(plans.values()), slow, waiting, fresh)
 
 
 def _make_states(optimizer: FusedOptimizer, wanted: list[tuple[Tensor, Rule]]) -> None:
@@ -267,7 +283,7 @@ def _make_states(optimizer: FusedOptimizer, wanted: list[tuple[Tensor, Rule]]) -
             while end < len(needs) and (end == at or (total + sizes[end]) * dtype.itemsize <= BLOCK_BYTES):
                 total += sizes[end]
                 end += 1
-            block, offset = torch.zeros(total, dtype=dtype), 0
+            block, offset = torch.zeros(total, dtype=dtype, device="cpu"), 0
             for (param, name), size in zip(needs[at:end], sizes[at:end], strict=True):
                 shape = () if name == "step" else param.shape
                 optimizer.state[param][name] = block[offset : offset + math.prod(shape)].view(shape)
@@ -293,16 +309,21 @@ def _why_slow(param: Tensor, state: dict[str, Tensor], rule: Rule, group: dict[s
     return None
 
 
-def _fit_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str, seen: set[int]) -> list[Tensor]:
-    """The rule's states of a parameter, each replaced by a copy where it lies in memory unlike the parameter."""
-    layout = param if param.is_contiguous() else torch.empty_like(param, device="meta")
+def _check_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str) -> None:
     for name in rule.states:
-        value = state[name]
-        if value.shape != param.shape or value.device != param.device:
+        value = state.get(name)
+        if value is not None and (value.shape != param.shape or value.device != param.device):
             raise UnfitError(
                 f"{where}: its state {name!r} has shape {tuple(value.shape)} on {value.device}, "
                 f"expected {tuple(param.shape)} on {param.device}"
             )
+
+
+def _fit_states(state: dict[str, Tensor], param: Tensor, rule: Rule, seen: set[int]) -> list[Tensor]:
+    """The rule's states of a parameter, each replaced by a copy where it lies in memory unlike the parameter."""
+    layout = param if param.is_contiguous() else torch.empty_like(param, device="meta")
+    for name in rule.states:
+        value = state[name]
         if value.stride() != layout.stride() or id(value) in seen:
             state[name] = torch.empty_like(param).copy_(value)
         seen.add(id(state[name]))
@@ -314,7 +335,7 @@ def _fit_step(state: dict[str, Tensor], seen: set[int]) -> Tensor:
     step: Tensor | float = state["step"]
     good = isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu" and step.numel() == 1
     if not good or id(step) in seen:
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     seen.add(id(state["step"]))
     return state["step"]
 
