@@ -142,7 +142,9 @@ def native_build() -> tuple[list[Extension], type[Command]]:
                     "Hint: PYTRAIN_NO_NATIVE=1 builds pytrain without native kernels."
                 ) from error
 
-    torch_includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    torch_folders = cpp_extension.include_paths()
+    torch_includes = [f"-isystem{path}" for path in torch_folders]
+    torch_includes += [f"-ffile-prefix-map={path}/=" for path in torch_folders]
     kernels = Extension(
         KERNEL_LIBRARY,
         sources=KERNEL_SOURCES,
