@@ -193,9 +193,11 @@ class Settled:
                 param.add_(grad, alpha=-sign * inv_scale * hypers["lr"])
                 return
             grad = grad.to_dense()
-        first = any(optimizer.state[param].get(name) is None for name in rule.states)
-        optimizer.init_state(param, rule)
-        state = optimizer.state[param]
+        state = optimizer.state.get(param, {})
+        first = any(state.get(name) is None for name in rule.states)
+        if first or optimizer.steps_in_state:
+            optimizer.init_state(param, rule)
+            state = optimizer.state[param]
         t = 1.0 if first else 2.0
         if optimizer.steps_in_state:
             state["step"] += 1
@@ -243,7 +245,8 @@ def settle(optimizer: FusedOptimizer) -> Settled:
                 slow.append(Slow(param, index, rule, where))
                 continue
             _check_states(state, param, rule, where)
-            wanted.append((param, rule))
+            if needed and not complete:
+                wanted.append((param, rule))
             if not state:
                 fresh.append(param)
             plan = plans.setdefault((rule.name, param.dtype), Plan(rule))
@@ -255,9 +258,10 @@ def settle(optimizer: FusedOptimizer) -> Settled:
     _make_states(optimizer, wanted)
     for plan in plans.values():
         for param in plan.params:
-            plan.states.append(_fit_states(optimizer.state[param], param, plan.rule, seen))
+            state = optimizer.state.get(param, {})
+            plan.states.append(_fit_states(state, param, plan.rule, seen))
             if plan.rule.counts and optimizer.steps_in_state:
-                plan.steps.append(_fit_step(optimizer.state[param], seen))
+                plan.steps.append(_fit_step(state, seen))
     return Settled(optimizer, list(plans.values()), slow, waiting, fresh)
 
 

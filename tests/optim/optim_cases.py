@@ -1,0 +1,141 @@
+"""What the optimizer tests share: every optimizer's variants, tensors to step, and errors against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytrain import backend
+from pytrain.optim import REGISTRY, FusedOptimizer
+
+# Each optimizer of REGISTRY has its options here; a test fails where one has none.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "adam": [{}, {"weight_decay": 0.1}, {"amsgrad": True, "weight_decay": 0.1}, {"decoupled_weight_decay": True}],
+    "adamw": [{}, {"amsgrad": True}, {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6}, {"maximize": True}],
+    "sgd": [
+        {},
+        {"weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+    ],
+    "lion": [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95)}, {"maximize": True}],
+}
+CASES = [pytest.param(name, options, id=f"{name}-{options}") for name in VARIANTS for options in VARIANTS[name]]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LEVELS = ["baseline", "avx2", "avx512"]
+SHAPES = [(), (1,), (0,), (7, 0), (5,), (64,), (33, 7), (4, 3, 3, 5), (1000,)]
+LR = 0.01
+needs_kernels = pytest.mark.skipif(backend.facts is None, reason=f"needs the kernels: {backend.why_not_loaded}")
+
+
+def torch_class(name: str) -> type[torch.optim.Optimizer] | None:
+    """torch.optim's class of the same name, where there is one."""
+    found: type[torch.optim.Optimizer] | None = getattr(torch.optim, REGISTRY[name].__name__, None)
+    return found
+
+
+def make_params(dtype: torch.dtype, shapes: list[tuple[int, ...]] | None = None, seed: int = 0) -> list[Tensor]:
+    """Parameters with values of about one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in (shapes or SHAPES)
+    ]
+
+
+def like(params: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies of the parameters."""
+    return [torch.nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in params]
+
+
+def gradients(params: list[Tensor], seed: int) -> list[Tensor]:
+    """One gradient a parameter, in its dtype, the same for the same seed whatever the layout."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[Tensor], grads_from: list[Tensor], steps: int = 4) -> None:
+    """Step with the gradients that belong to `grads_from`, cast to each parameter's dtype."""
+    for step in range(steps):
+        for p, g in zip(params, gradients(grads_from, step), strict=True):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+
+
+def ours(name: str, params: list[Tensor], **options: Any) -> FusedOptimizer:
+    """The optimizer of REGISTRY with the tests' learning rate."""
+    return REGISTRY[name](params, lr=LR, **options)  # type: ignore[call-arg, arg-type]
+
+
+def reference64(name: str, params: list[Tensor], options: dict[str, Any], steps: int = 4) -> list[Tensor]:
+    """The parameters after the steps in fp64: by torch.optim's plain loop, else by our reference."""
+    exact = like(params, torch.float64)
+    cls = torch_class(name)
+    if cls is None:
+        optimizer: torch.optim.Optimizer = ours(name, exact, fused=False, **options)
+    else:
+        optimizer = cls(exact, lr=LR, foreach=False, **options)  # type: ignore[call-arg]
+    run(optimizer, exact, params, steps)
+    return exact
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest difference of any element."""
+    both = zip(found, exact, strict=True)
+    return max((f.double() - e).abs().max().item() for f, e in both if f.numel())
+
+
+def largest(params: list[Tensor]) -> float:
+    """The largest absolute value of any element."""
+    return max(p.detach().double().abs().max().item() for p in params if p.numel())
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether all elements agree to the bit (nan with nan)."""
+    return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+def bits(x: Tensor) -> Tensor:
+    """The tensor's memory as integers."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.detach().contiguous().view(whole)
+
+
+@contextmanager
+def isa(level: str) -> Iterator[None]:
+    """Run at an instruction set level; skips where this machine does not have it."""
+    if not backend.facts.isa_levels()[level]:
+        pytest.skip(f"this machine's processor has no {level}")
+    before = backend.isa()
+    backend.isa(level)
+    try:
+        yield
+    finally:
+        backend.isa(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with a number of torch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Layout = Callable[[Tensor], Tensor]
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "every_second": lambda x: torch.stack([x, x], dim=-1).contiguous()[..., 0],
+    "rows_apart": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "offset_by_one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
