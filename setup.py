@@ -34,9 +34,10 @@ BIND_MODULE = "pytrain._C"
 BIND_SOURCES = ["csrc/bind.cpp", "csrc/core/layout.cpp", "csrc/cpu/isa.cpp"]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
-TORCH_FLOOR = (2, 10)
-# The oldest LibTorch whose stable ABI the kernels may use: major, minor, patch in the three highest bytes.
-TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02X}{TORCH_FLOOR[1]:02X}000000000000"
+TORCH_HEADERS = (2, 13)  # the oldest torch to build on
+TORCH_TARGET_VERSION = (
+    "0x020A000000000000"  # the oldest torch to run under, 2.10: major and minor in the two high bytes
+)
 
 COMPILE_FLAGS = [
     "-std=c++17",
@@ -114,13 +115,16 @@ def native_build() -> tuple[list[Extension], type[Command]]:
         raise SystemExit(
             f"pytrain: building the native kernels needs the Python package {error.name!r}, which is not installed.\n"
             "Build with isolation (`pip install .`, which brings it along), or install the build requirements first"
-            " (`pip install 'setuptools>=77.0.3' pybind11 ninja 'torch>=2.10'`), or set PYTRAIN_NO_NATIVE=1:"
+            " (`pip install 'setuptools>=77.0.3' pybind11 ninja 'torch>=2.13'`), or set PYTRAIN_NO_NATIVE=1:"
             " that builds pure Python."
         ) from error
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < TORCH_FLOOR:
-        floor = ".".join(map(str, TORCH_FLOOR))
-        raise SystemExit(f"pytrain: building the native kernels needs torch >= {floor}, this is {torch.__version__}")
+    if version < TORCH_HEADERS:
+        floor = ".".join(map(str, TORCH_HEADERS))
+        raise SystemExit(
+            f"pytrain: building the native kernels needs torch >= {floor}, this is {torch.__version__}.\n"
+            "Build with isolation (`pip install .`): it brings a torch to build on, and the result runs under this one."
+        )
 
     class BuildNative(cpp_extension.BuildExtension):
         def get_ext_filename(self, ext_name: str) -> str:
