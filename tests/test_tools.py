@@ -1,0 +1,77 @@
+"""The tools that guard the kernels fire when they should: each is shown a planted fault."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import check_codegen
+import mutate_rules
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("objdump") is None or platform.machine() != "x86_64",
+    reason="needs g++ and objdump on x86-64",
+)
+
+
+def findings(tmp_path: Path, level: str, *flags: str, csrc: Path = ROOT / "csrc") -> list[str]:
+    """What the check says of one level's kernels, compiled with more flags."""
+    target = tmp_path / f"kernels_{level}.o"
+    source = csrc / "cpu" / f"kernels_{level}.cpp"
+    options = ["-fPIC", *check_codegen.setting("COMPILE_FLAGS"), *flags, f"-I{csrc}"]
+    check_codegen.run(["g++", *options, "-c", str(source), "-o", str(target)])
+    return check_codegen.check_level(level, target)[0]
+
+
+@pytest.mark.parametrize("level", check_codegen.LEVELS)
+def test_the_kernels_are_clean(level: str, tmp_path: Path) -> None:
+    assert findings(tmp_path, level) == []
+
+
+def test_a_loop_that_is_no_longer_vectorised_is_named(tmp_path: Path) -> None:
+    found = findings(tmp_path, "avx2", "-fno-tree-vectorize")
+    for name in ("update<AdamW, float>", "update<Lion, double>", "decode_tile<Bf16>", "encode_tile<Fp16>"):
+        assert any(line.startswith(f"avx2: {name}: no vectorised loop") for line in found), found
+
+
+def test_a_call_of_libm_in_a_loop_is_found(tmp_path: Path) -> None:
+    assert any("update<AdamW" in line for line in findings(tmp_path, "baseline", "-fmath-errno"))
+
+
+def test_fused_multiply_adds_are_found(tmp_path: Path) -> None:
+    found = findings(tmp_path, "avx2", "-mfma", "-ffp-contract=fast")
+    assert any("a fused multiply-add" in line and "AdamW" in line for line in found)
+
+
+def test_avx_outside_its_namespace_is_found(tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = csrc / "cpu" / "kernels_avx2.cpp"
+    planted = "float stray(const float* x) { float s = 0; for (int i = 0; i < 64; ++i) s += x[i] * x[i]; return s; }\n"
+    source.write_text(source.read_text().replace('#include "core/half.h"', f'{planted}#include "core/half.h"'))
+    found = findings(tmp_path, "avx2", csrc=csrc)
+    assert any("stray(float const*)" in line and "outside its namespace" in line for line in found)
+
+
+def test_a_standard_header_under_the_target_is_found(tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = csrc / "cpu" / "kernels_avx2.cpp"
+    planted = "#include <algorithm>\n#include <vector>\nvoid grow(std::vector<double>& v) { v.push_back(1); }\n"
+    source.write_text(source.read_text().replace('#include "core/half.h"', f'{planted}#include "core/half.h"'))
+    assert any("weak symbol outside" in line and "std::vector" in line for line in findings(tmp_path, "avx2", csrc=csrc))
+
+
+def test_every_rule_has_mutants_and_some_are_killed() -> None:
+    """The whole run is the tool itself; here two mutants a file."""
+    found = list(mutate_rules.mutants(ROOT / "csrc"))
+    files = {mutant.file for mutant in found}
+    assert files == {path.name for path in (ROOT / "csrc" / "rules").glob("*.h")} - {"all.h"}
+    assert len(found) > 60
+    assert mutate_rules.main(["--sample", "4"]) == 0
