@@ -1,4 +1,4 @@
-"""How fast is an optimizer step against torch's? Every case with gradients kept and with fresh ones, results checked first."""
+"""How fast is a step against torch's? Every case with gradients kept and with fresh ones, results checked first."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ CASES = [
     Case("ResNet-50", resnet50(), None),
     Case("GPT-2 small", gpt2(), 1.0),
 ]
-QUICK = [Case("300 x 256", [(256,)] * 300, None), Case("100 x 16", [(16,)] * 100, None), Case("5 x 3, 7", [(3, 7)] * 5, None)]
+QUICK = [
+    Case("300 x 256", [(256,)] * 300, None),
+    Case("100 x 16", [(16,)] * 100, None),
+    Case("5 x 3, 7", [(3, 7)] * 5, None),
+]
 
 Maker = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -114,7 +118,9 @@ def check_agreement(optimizer: str, case: Case, dtype: torch.dtype) -> None:
     Raises:
         AssertionError: they are.
     """
-    small = Case(case.name, [shape for shape in case.shapes if torch.Size(shape).numel() < 100_000][:50] or [(100_000,)], None)
+    small = Case(
+        case.name, [shape for shape in case.shapes if torch.Size(shape).numel() < 100_000][:50] or [(100_000,)], None
+    )
     found: dict[str, list[Tensor]] = {}
     every = makers(optimizer)
     plain = list(every)[-1]
@@ -134,10 +140,14 @@ def check_agreement(optimizer: str, case: Case, dtype: torch.dtype) -> None:
     errors = {name: max((p.double() - e).abs().max().item() for p, e in pair) for name, pair in pairs.items()}
     rounding = torch.finfo(dtype).eps * max(p.abs().max().item() for p in exact.params)
     allowed = max(2 * max(error for name, error in errors.items() if name != "pytrain"), rounding)
-    assert errors["pytrain"] <= allowed, f"{optimizer}, {case.name}: error {errors['pytrain']:.3g}, allowed {allowed:.3g}"
+    assert errors["pytrain"] <= allowed, (
+        f"{optimizer}, {case.name}: error {errors['pytrain']:.3g}, allowed {allowed:.3g}"
+    )
 
 
-def measure(optimizer: str, case: Case, dtype: torch.dtype, *, fresh: bool, repeat: int, budget: float) -> dict[str, Any]:
+def measure(
+    optimizer: str, case: Case, dtype: torch.dtype, *, fresh: bool, repeat: int, budget: float
+) -> dict[str, Any]:
     """One row: every rival against ours, two at a time, with a triad in the same turns."""
     every = makers(optimizer)
     triad = Triad(min(max(case.elements, 1_000), 40_000_000))
@@ -222,7 +232,17 @@ def main(argv: list[str]) -> int:
             print(f"  {case.name}, {rows[-1]['gradients']}: {rows[-1]['ratios']}", flush=True)
     rival = rows[0]["rival_name"]
     others = [f"{name} / ours" for name in rows[0]["ratios"] if name != rival]
-    header = ["tensors", "gradients", "pytrain, ms", f"{rival}, ms", f"{rival} / ours", *others, "GB/s", "of triad", "target"]
+    header = [
+        "tensors",
+        "gradients",
+        "pytrain, ms",
+        f"{rival}, ms",
+        f"{rival} / ours",
+        *others,
+        "GB/s",
+        "of triad",
+        "target",
+    ]
     print(markdown(header, [cells(row) for row in rows]))
     write_json(args.json, [{"machine": machine(), **row} for row in rows])
     return 0

@@ -38,7 +38,7 @@ def _load() -> tuple[ModuleType | None, str]:
         why = note.read_text().strip() if note.exists() else "pytrain was installed without them"
         return None, f"the kernels are not built: {why}"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         facts = importlib.import_module("pytrain._C")
     except (OSError, ImportError) as error:
         return None, f"the kernels do not load: {error}"

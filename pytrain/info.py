@@ -1,4 +1,4 @@
-"""What `python -m pytrain info` prints: versions, the build, the machine, and each optimizer's backend with its reason."""
+"""What `python -m pytrain info` prints: versions, the build, the machine, each optimizer's backend and the reason."""
 
 from __future__ import annotations
 

@@ -76,5 +76,7 @@ def test_the_project_names_no_path_of_a_machine() -> None:
     if not tracked:
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in tracked if name != "tests/test_budgets.py"]
-    found = [str(f) for f in files if f.suffix != ".png" and f.exists() and pattern.search(f.read_text(errors="replace"))]
+    found = [
+        str(f) for f in files if f.suffix != ".png" and f.exists() and pattern.search(f.read_text(errors="replace"))
+    ]
     assert not found

@@ -36,7 +36,9 @@ def test_info_gives_the_reason_for_the_torch_path() -> None:
 @pytest.mark.skipif(backend.facts is None, reason="needs the kernels")
 def test_a_bad_level_is_an_error_in_info_and_in_a_step() -> None:
     assert "expected baseline, avx2 or avx512, got 'sse9'" in pytrain("info", PYTRAIN_ISA="sse9").stdout
-    program = "import torch, pytrain; p = torch.nn.Parameter(torch.ones(1)); p.grad = p.data; pytrain.optim.SGD([p]).step()"
+    program = (
+        "import torch, pytrain; p = torch.nn.Parameter(torch.ones(1)); p.grad = p.data; pytrain.optim.SGD([p]).step()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

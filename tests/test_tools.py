@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-import check_codegen
-import mutate_rules
+import check_codegen  # noqa: E402
+import mutate_rules  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("objdump") is None or platform.machine() != "x86_64",
@@ -65,7 +65,9 @@ def test_a_standard_header_under_the_target_is_found(tmp_path: Path) -> None:
     source = csrc / "cpu" / "kernels_avx2.cpp"
     planted = "#include <algorithm>\n#include <vector>\nvoid grow(std::vector<double>& v) { v.push_back(1); }\n"
     source.write_text(source.read_text().replace('#include "core/half.h"', f'{planted}#include "core/half.h"'))
-    assert any("weak symbol outside" in line and "std::vector" in line for line in findings(tmp_path, "avx2", csrc=csrc))
+    assert any(
+        "weak symbol outside" in line and "std::vector" in line for line in findings(tmp_path, "avx2", csrc=csrc)
+    )
 
 
 def test_every_rule_has_mutants_and_some_are_killed() -> None:

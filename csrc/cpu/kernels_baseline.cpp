@@ -1,4 +1,4 @@
-// The kernels for the instructions that every machine of its kind has (SSE2 on x86-64). Standard headers come first: they must not be compiled for it.
+// The kernels for what every machine of its kind has (SSE2 on x86-64). Standard headers come first, as in its siblings.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

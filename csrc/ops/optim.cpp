@@ -132,7 +132,8 @@ std::shared_ptr<Table> find_table(int64_t id) {
   return found->second;
 }
 
-// _table_step(int table, Tensor(a!)[] params, Tensor[] grads, int[] rows, Tensor control, bool write, bool strict) -> int
+// _table_step(int table, Tensor(a!)[] params, Tensor[] grads, int[] rows, Tensor control, bool write, bool strict)
+//   -> int
 void step_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[1]), grads(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
@@ -149,7 +150,8 @@ void step_table_pairs(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = to<int64_t>(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
   const View memory = view(pairs.get(), false), block = control_view(control.get(), "_table_step_pairs");
-  STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel * int64_t(sizeof(int64_t)) >= n * int64_t(sizeof(Pair)),
+  constexpr int64_t words = sizeof(Pair) / sizeof(int64_t);
+  STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel >= n * words,
                   "_table_step_pairs: pairs has ", memory.numel, " elements, too few for n = ", n);
   const auto table = find_table(to<int64_t>(stack[0]));
   stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, to<bool>(stack[5])));

@@ -11,8 +11,8 @@ namespace {
 using core::Segment;
 using torch::stable::Tensor;
 
-// Below this many elements waking a second thread costs more than it brings: 300 tensors of 256 elements took 236 ns each
-// on one thread and 337 on two.
+// Below this many elements waking a second thread costs more than it brings: 300 tensors of 256 elements took
+// 236 ns each on one thread and 337 on two.
 constexpr int64_t grain_elements = 131072;
 // The check of one row takes about as long as the update of a hundred elements.
 constexpr int64_t grain_rows = 1024;
@@ -135,7 +135,8 @@ std::string Table::explain(Found found, const Pair& pair) const {
     case Misfit::param_kind:
       return "params" + at + " is not a strided tensor on the CPU";
     case Misfit::param_format:
-      return "params" + at + " has a dtype unlike params[0]'s, or one that is not float32, float64, bfloat16 or float16";
+      return "params" + at +
+             " has a dtype unlike params[0]'s, or one that is not float32, float64, bfloat16 or float16";
     case Misfit::overlap:
       return "params" + at + " has elements that share memory (for instance from expand()); pass a contiguous tensor";
     case Misfit::grad_kind:

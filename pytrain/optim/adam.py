@@ -19,8 +19,10 @@ def adam(
     g = g + weight_decay * p if weight_decay else g
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = v if vmax is None else torch.maximum(vmax, v, out=vmax)
-    return lr / (1 - beta1**t) * m / ((root / (1 - beta2**t)).sqrt() + eps)
+    root = v if vmax is None else vmax.copy_(torch.maximum(vmax, v))
+    correction1: float = 1 - beta1**t
+    correction2: float = 1 - beta2**t
+    return lr / correction1 * m / ((root / correction2).sqrt() + eps)
 
 
 HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay")

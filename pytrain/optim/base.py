@@ -9,6 +9,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pytrain import backend
@@ -49,7 +50,10 @@ class FusedOptimizer(Optimizer):
             REGISTRY[cls.__name__.lower()] = cls
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, amp_scaling: bool = True) -> None:
-        self._reset()
+        self._settled: Settled | None = None
+        self._loading: dict[str, Any] | None = None
+        self._warned: set[str] = set()
+        self._skipped = False
         self._step_supports_amp_scaling = amp_scaling
         self.check_group(defaults)
         self._check_implementation(defaults)
@@ -125,7 +129,7 @@ class FusedOptimizer(Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # torch.compile breaks its graph here, and compiles nothing of what is called from here
+    @_disable_dynamo  # torch.compile breaks its graph here, and compiles nothing of what is called from here
     def _apply(self, inv_scale: float) -> None:
         """Run the plans; make them anew where what they were made of has changed."""
         settled = self._settled
@@ -192,7 +196,7 @@ class FusedOptimizer(Optimizer):
         if loading is not None:
             restore_dtypes(state, loading)
         super().__setstate__(state)
-        self._reset()
+        self._settled, self._loading, self._warned, self._skipped = None, None, set(), False
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -200,12 +204,6 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         return {**state, "_step_supports_amp_scaling": self._step_supports_amp_scaling}
-
-    def _reset(self) -> None:
-        self._settled: Settled | None = None
-        self._skipped = False
-        self._warned: set[str] = set()
-        self._loading: dict[str, Any] | None = None
 
     def _check_implementation(self, group: dict[str, Any]) -> None:
         name = type(self).__name__

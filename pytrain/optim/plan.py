@@ -1,7 +1,7 @@
 """How an optimizer's parameters are stepped: tables for the kernels, a list for the torch path; cached between steps.
 
-A cache is only used after it was checked: `backend.facts.Watch` compares the objects in param_groups and state with the
-remembered ones, and the kernels read every tensor's address, sizes and strides anew each step. Gradients are never kept.
+A cache is only used after it was checked: `backend.facts.Watch` compares the objects in param_groups and state with
+the remembered ones, and every tensor's address, sizes and strides are read anew each step. Gradients are never kept.
 """
 
 from __future__ import annotations
@@ -227,10 +227,14 @@ def settle(optimizer: FusedOptimizer) -> Settled:
     waiting: list[Tensor] = []
     wanted: list[tuple[Tensor, Rule]] = []
     fresh: list[Tensor] = []
+    listed: set[int] = set()
     seen: set[int] = set()
     for index, group in enumerate(optimizer.param_groups):
         rule = optimizer.rule(group)
         for i, param in enumerate(group["params"]):
+            if id(param) in listed:  # torch warned of it; a parameter is stepped once
+                continue
+            listed.add(id(param))
             where = f"{type(optimizer).__name__}: param_groups[{index}]['params'][{i}]"
             state = optimizer.state.get(param, {})
             needed = (*rule.states, "step") if optimizer.steps_in_state else rule.states

@@ -138,8 +138,8 @@ void step(int rule, Format format, Problem& problem, int64_t pieces) {
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = problem.total * piece / pieces, end = problem.total * (piece + 1) / pieces;
     if (begin < end) {
-      kernel(problem.segments.data(), problem.offsets.data(), static_cast<int64_t>(problem.segments.size()), &block.head,
-             begin, end);
+      const auto n = static_cast<int64_t>(problem.segments.size());
+      kernel(problem.segments.data(), problem.offsets.data(), n, &block.head, begin, end);
     }
   }
 }
@@ -166,7 +166,8 @@ void check_rule(int rule, const std::vector<Isa>& levels, bool few) {
           for (const int64_t pieces : {1, 3}) {
             Problem again(format, n_states, counts, offset);
             step(rule, format, again, pieces);
-            check(again.same(whole), what + ": " + isa_name(level) + " in " + std::to_string(pieces) + " pieces differs");
+            const std::string how = std::string(isa_name(level)) + " in " + std::to_string(pieces) + " pieces";
+            check(again.same(whole), what + ": " + how + " differs");
           }
         }
       }

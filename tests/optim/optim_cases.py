@@ -43,9 +43,7 @@ def torch_class(name: str) -> type[torch.optim.Optimizer] | None:
 def make_params(dtype: torch.dtype, shapes: list[tuple[int, ...]] | None = None, seed: int = 0) -> list[Tensor]:
     """Parameters with values of about one."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in (shapes or SHAPES)
-    ]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in (shapes or SHAPES)]
 
 
 def like(params: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A change of one import line: signatures, param groups, checkpoints both ways, schedulers, hooks, copies, GradScaler."""
+"""A change of one import line: signatures, groups, checkpoints both ways, schedulers, hooks, copies, GradScaler."""
 
 from __future__ import annotations
 

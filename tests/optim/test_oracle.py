@@ -92,7 +92,9 @@ def test_kernels_agree_with_our_reference_over_a_hundred_steps(name: str, option
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_all_levels_and_thread_counts_give_the_same_bits(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_all_levels_and_thread_counts_give_the_same_bits(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     shapes = [(301,), (17, 5), (1,), (200_003,), (2, 65_537)]
     results = []
     for level in [level for level in LEVELS if backend.facts.isa_levels()[level]]:

@@ -1,4 +1,4 @@
-"""The rows B10 to B14 and the bug classes of fused optimizers: layouts, counts, skips, caches, and errors before writes."""
+"""Rows B10 to B14 and the bug classes of fused optimizers: layouts, counts, skips, caches, errors before writes."""
 
 from __future__ import annotations
 
@@ -285,6 +285,16 @@ def test_shared_step_tensors_are_told_apart() -> None:
     assert [optimizer.state[p]["step"].item() for p in params] == [4.0, 4.0]
 
 
+def test_a_parameter_listed_twice_is_stepped_once() -> None:
+    p = Parameter(torch.zeros(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = SGD([p, p], lr=1.0, momentum=0.9)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert torch.allclose(p.detach(), torch.full((3,), -2.9))
+
+
 def test_an_earlier_failure_leaves_the_first_step_a_first_step() -> None:
     """SGD's dampening does not apply to a parameter's first step, even where an attempt before it failed."""
     p, bad = Parameter(torch.zeros(3)), Parameter(torch.ones(1).expand(3))
@@ -388,7 +398,10 @@ def test_sparse_gradients_step_under_sgd_and_are_named_elsewhere() -> None:
         b.step()
         assert torch.allclose(weights[0], weights[1])
     optimizer = Lion([weights[0]])
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"Lion: param_groups\[0\]\['params'\]\[0\].*sparse_coo.*pytrain.optim.SGD"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"Lion: param_groups\[0\]\['params'\]\[0\].*sparse_coo.*pytrain.optim.SGD"),
+    ):
         optimizer.step()
 
 
