@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pytrain.trainer import Module, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from trainer_cases import Classifier, Mean, Validated, batches, make_trainer, read_metrics
+
+from pytrain.trainer import Module, Trainer
 
 
 @pytest.mark.parametrize(

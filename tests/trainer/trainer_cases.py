@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytrain.optim
 import torch
-from pytrain.trainer import Module, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+import pytrain.optim
+from pytrain.trainer import Module, Trainer
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "torch-sgd-loop": lambda params: torch.optim.SGD(params, lr=0.1, foreach=False),
