@@ -52,9 +52,14 @@ def _fake(*tensors: object) -> None:
 
 
 def _make_reader() -> Any:
-    """What reads tensors' addresses fast, where this torch offers DLPack's C exchange API; else None."""
+    """What reads tensors' addresses fast, where this torch offers DLPack's C exchange API as built for; else None."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return facts.Reader(exchange, (Tensor, torch.nn.Parameter)) if facts and exchange is not None else None
+    if facts is None or exchange is None:
+        return None
+    try:
+        return facts.Reader(exchange, (Tensor, torch.nn.Parameter))
+    except (ImportError, ValueError):  # another major version of DLPack, or another capsule: lists of tensors serve
+        return None
 
 
 facts, why_not_loaded = _load()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import needs_kernels
+from optim_cases import make_params, needs_kernels, ours, run, same_bits
 from torch import Tensor
 
 from pytrain import backend
@@ -123,3 +123,20 @@ def test_staged_copies_are_written_back() -> None:
 def test_an_unknown_level_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"PYTRAIN_ISA: expected baseline, avx2 or avx512, got 'sse9'"):
         backend.isa("sse9")
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_without_the_exchange_api_the_lists_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older torches have no DLPack C exchange API."""
+    results = []
+    for reader in (backend.reader, None):
+        monkeypatch.setattr(backend, "reader", reader)
+        params = make_params(torch.float32)
+        run(ours(name, params), params, params, 3)
+        results.append(params)
+    assert same_bits(*results)
+
+
+def test_another_exchange_api_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", object(), raising=False)
+    assert backend._make_reader() is None
