@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def makers(optimizer: str) -> dict[str, Maker]:
     found["fused"] = lambda params: theirs(params, lr=LR, fused=True)
     found["foreach"] = lambda params: theirs(params, lr=LR, foreach=True)
     found["for-loop"] = lambda params: theirs(params, lr=LR, foreach=False, fused=False)
-    if optimizer == "adamw" and "deepspeed" in sys.modules:
+    if optimizer == "adamw" and importlib.util.find_spec("deepspeed") is not None:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         found["DeepSpeed"] = lambda params: DeepSpeedCPUAdam(params, lr=LR, weight_decay=0.01, adamw_mode=True)
