@@ -26,7 +26,7 @@ LIBRARY_LIMIT = 10 * 2**20  # bytes
 INSTALL_TARGET = 120.0  # seconds for a CPU-only `pip install .`; a warning, for the network is in it
 COMMAND_LIMIT = 1800.0  # seconds
 NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "shared", "*.so", "*.egg-info", "__pycache__", "_build_reason.txt", ".*_cache"
+    ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", "_build_reason.txt", ".*_cache"
 )
 COMPILERS = ("c++", "g++", "clang++", "c++-", "g++-", "clang++-")
 BUILD_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "VIRTUAL_ENV")
