@@ -47,5 +47,5 @@ $(DEPENDENCIES): pyproject.toml
 	touch $@
 
 $(NATIVE): $(DEPENDENCIES) $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
