@@ -44,6 +44,7 @@ COMPILE_FLAGS = [
     "-O3",
     "-g0",
     "-fno-math-errno",  # without it half of the loops stay scalar
+    "-fno-trapping-math",  # the same for loops that choose between two results; no result changes
     "-ffp-contract=off",  # the same bits on every instruction set
     "-fno-lto",  # a distribution's Python may ask for it; functions of one instruction set must not move to another
     "-fvisibility=hidden",

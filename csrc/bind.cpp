@@ -79,10 +79,12 @@ class Watch {
       PyObject *key, *value;
       for (Py_ssize_t at = 0; PyDict_Next(group, &at, &key, &value);) {
         if (is(key, "param_names")) continue;
-        const bool params = is(key, "params") && PyList_CheckExact(value);
+        const bool params = is(key, "params");
         if (!see(value, params ? objects_changed : hypers_changed)) return false;
-        for (Py_ssize_t i = 0; params && i < PyList_GET_SIZE(value); ++i) {
-          if (!see(PyList_GET_ITEM(value, i), objects_changed)) return false;
+        if (!params) continue;
+        if (!PyList_Check(value) && !PyTuple_Check(value)) return false;  // what cannot be looked into may have changed
+        for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
+          if (!see(PySequence_Fast_GET_ITEM(value, i), objects_changed)) return false;
         }
       }
     }

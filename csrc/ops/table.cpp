@@ -1,6 +1,7 @@
 // Checks every tensor of a step before anything is written, then runs one parallel region over all their elements.
 #include "ops/table.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -19,6 +20,10 @@ constexpr int64_t grain_rows = 1024;
 
 constexpr uint8_t stage_grad = 1;   // the gradient lies differently in memory, or has another dtype
 constexpr uint8_t stage_param = 2;  // the parameter has gaps: it is updated in a copy without them
+
+int64_t bytes(Format format) {
+  return format == Format::fp64 ? 8 : format == Format::fp32 ? 4 : 2;
+}
 
 std::string shape(const View& v) {
   std::string text = "(";
@@ -126,7 +131,31 @@ Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int6
       return;
     }
   });
+  if (first.misfit != Misfit::none) return first;
+  bool moved = false;
+  extents_.resize(groups_.size());
+  for (int64_t k = 0; k < n; ++k) {
+    if (staging_[k] & stage_param) continue;  // updated in a copy
+    const auto* const begin = static_cast<const char*>(segments_[k].param);
+    const std::pair<const char*, const char*> extent{begin, begin + segments_[k].numel * bytes(format_)};
+    auto& remembered = extents_[rows.empty() ? k : rows[k]];
+    moved |= remembered != extent;
+    remembered = extent;
+  }
+  if (moved) shared_ = find_shared_memory();
   return first;
+}
+
+bool Table::find_shared_memory() {
+  auto sorted = extents_;
+  std::sort(sorted.begin(), sorted.end());
+  const char* reached = nullptr;
+  for (const auto& [begin, end] : sorted) {
+    if (begin == end) continue;
+    if (begin < reached) return true;
+    reached = end;
+  }
+  return false;
 }
 
 std::string Table::explain(Found found, const Pair& pair) const {
@@ -166,6 +195,10 @@ int64_t Table::run(const View& control) {
     total += segments_[k].numel;
   }
   const auto kernel = cpu::current_kernels().step[rule_][static_cast<int>(format_)];
+  if (shared_) {  // parameters in the same memory are stepped one after the other
+    kernel(segments_.data(), offsets_.data(), n, block, 0, total);
+    return applied;
+  }
   torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements, [&](int64_t begin, int64_t end) {
     kernel(segments_.data(), offsets_.data(), n, block, begin, end);
   });

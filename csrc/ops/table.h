@@ -3,6 +3,7 @@
 
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/control.h"
@@ -50,6 +51,7 @@ class Table {
   Misfit fit(int64_t k, int64_t row, const Pair& pair, Format format);
   Misfit fit_states(int64_t row, const View& param, core::Segment& segment);
   std::string explain(Found found, const Pair& pair) const;
+  bool find_shared_memory();
   int64_t run(const View& control);
 
   const int rule_;
@@ -63,6 +65,9 @@ class Table {
   std::vector<float*> counts_;
   std::vector<uint8_t> staging_;
   Format format_ = Format::none;
+  // Where the parameters lay when they were last compared with each other, and whether some share memory.
+  std::vector<std::pair<const char*, const char*>> extents_;
+  bool shared_ = false;
 };
 
 }  // namespace pytrain::ops

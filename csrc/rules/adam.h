@@ -46,7 +46,7 @@ struct Adam : AdamMoments {
 
   template <class T>
   PT_HD T operator()(T p, T g, T& m, T& v) const {
-    average(g + T(weight_decay) * p, m, v);
+    average(penalized(g, p, T(weight_decay)), m, v);
     return direction(m, v);
   }
 };
@@ -59,7 +59,7 @@ struct AdamAmsgrad : Adam {
 
   template <class T>
   PT_HD T operator()(T p, T g, T& m, T& v, T& largest) const {
-    average(g + T(weight_decay) * p, m, v);
+    average(penalized(g, p, T(weight_decay)), m, v);
     largest = largest > v ? largest : v;
     return direction(m, largest);
   }

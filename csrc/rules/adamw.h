@@ -20,7 +20,7 @@ struct AdamW : AdamMoments {
   template <class T>
   PT_HD T operator()(T p, T g, T& m, T& v) const {
     average(g, m, v);
-    return direction(m, v) + T(decay) * p;
+    return direction(m, v) + decayed(p, T(decay));
   }
 };
 
@@ -34,7 +34,7 @@ struct AdamWAmsgrad : AdamW {
   PT_HD T operator()(T p, T g, T& m, T& v, T& largest) const {
     average(g, m, v);
     largest = largest > v ? largest : v;
-    return direction(m, largest) + T(decay) * p;
+    return direction(m, largest) + decayed(p, T(decay));
   }
 };
 

@@ -24,7 +24,7 @@ struct Lion {
   PT_HD T operator()(T p, T g, T& m) const {
     const T direction = sign(T(beta1) * m + T(weight1) * g);
     m = lerp(m, g, T(weight2));
-    return T(lr) * direction + T(decay) * p;
+    return T(lr) * direction + decayed(p, T(decay));
   }
 };
 

@@ -19,6 +19,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #ifndef PT_ISA
 #define PT_ISA portable
@@ -32,10 +33,22 @@
 
 namespace pytrain::PT_ISA::rules {
 
-// a + w (b - a), the form that torch.lerp takes for w < 0.5 and that is exact where a == b.
+// From a to b by w, in torch.lerp's two forms: exact for w = 0, for w = 1, and where a == b.
 template <class T>
 PT_HD T lerp(T a, T b, T w) {
-  return a + w * (b - a);
+  return w < T(0.5) ? a + w * (b - a) : b - (b - a) * (T(1) - w);
+}
+
+// The gradient with an L2 penalty. Without one p does not matter, be it infinite.
+template <class T>
+PT_HD T penalized(T g, T p, T weight_decay) {
+  return weight_decay == T(0) ? g : g + weight_decay * p;
+}
+
+// The part of p that a decay takes away. An infinite p stays what it is, as it does where torch multiplies it by 1 - w.
+template <class T>
+PT_HD T decayed(T p, T w) {
+  return std::abs(p) <= std::numeric_limits<T>::max() ? w * p : T(0);
 }
 
 // -1, 0 or 1; nan for nan, so that a bad gradient shows.

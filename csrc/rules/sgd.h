@@ -22,7 +22,7 @@ struct SGD {
 
   template <class T>
   PT_HD T operator()(T p, T g) const {
-    return T(lr) * (g + T(weight_decay) * p);
+    return T(lr) * penalized(g, p, T(weight_decay));
   }
 };
 
@@ -45,7 +45,7 @@ struct SGDMomentum {
 
   template <class T>
   PT_HD T operator()(T p, T g, T& b) const {
-    b = T(keep) * b + T(fresh) * (g + T(weight_decay) * p);
+    b = T(keep) * b + T(fresh) * penalized(g, p, T(weight_decay));
     return T(lr) * b;
   }
 };
@@ -57,7 +57,7 @@ struct SGDNesterov : SGDMomentum {
 
   template <class T>
   PT_HD T operator()(T p, T g, T& b) const {
-    g += T(weight_decay) * p;
+    g = penalized(g, p, T(weight_decay));
     b = T(keep) * b + T(fresh) * g;
     return T(lr) * (g + T(momentum) * b);
   }

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pytrain.optim.adam import HYPERS, Adam, adam
-from pytrain.optim.base import Rule
+from pytrain.optim.base import Rule, decayed
 
 
 def adamw(
@@ -15,7 +15,7 @@ def adamw(
 ) -> Tensor:  # fmt: skip
     """Adam's update without decay in the gradient, plus lr * weight_decay * p."""
     u = adam(p, g, m, v, vmax, t=t, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
-    return u + lr * weight_decay * p
+    return u + decayed(p, lr * weight_decay)
 
 
 ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), HYPERS, True, adamw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,9 +83,11 @@ class FusedOptimizer(Optimizer):
     @property
     def choices(self) -> list[backend.Choice]:
         """The backend and the reason, a param group: that of its first parameter on the torch path, if there is one."""
+        found = {} if self._settled is None else {id(s.param): s.reason for s in self._settled.slow}
         chosen = []
         for group in self.param_groups:
             each = [backend.select(p, fused=group.get("fused")) for p in group["params"]]
+            each += [backend.Choice("torch", found[id(p)]) for p in group["params"] if id(p) in found]
             torch_path = [c for c in each if c.backend == "torch"]
             chosen += torch_path[:1] or each[:1] or [backend.Choice("native", "no parameters")]
         return chosen
@@ -96,7 +99,10 @@ class FusedOptimizer(Optimizer):
         return names.pop() if len(names) == 1 else "mixed"
 
     def __repr__(self) -> str:
-        lines = [f"    group {i}: {c.backend} ({c.reason})" for i, c in enumerate(self.choices)]
+        try:
+            lines = [f"    group {i}: {c.backend} ({c.reason})" for i, c in enumerate(self.choices)]
+        except (backend.BackendError, ValueError) as error:  # what the next step will raise
+            lines = [f"    {error}"]
         return super().__repr__()[:-1] + "backend\n" + "\n".join(lines) + "\n)"
 
     @overload
@@ -124,7 +130,8 @@ class FusedOptimizer(Optimizer):
         if self._skipped:
             return loss
         grad_scale = getattr(self, "grad_scale", None)
-        self._apply(1.0 if grad_scale is None else 1.0 / float(grad_scale))
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        self._apply(1.0 / scale if scale else math.inf)
         return loss
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -230,6 +237,11 @@ def restore_dtypes(state: dict[str, Any], loaded: dict[str, Any]) -> None:
                 cast = state["state"][param][key]
                 if cast.dtype != value.dtype:
                     state["state"][param][key] = value.to(device=cast.device, copy=True)
+
+
+def decayed(p: Tensor, w: float) -> Tensor:
+    """The part w p that a decay takes away; nothing of an infinite p, which stays what it is."""
+    return torch.where(p.isinf(), 0.0, w * p)
 
 
 def scalar(name: str, value: float | Tensor) -> float:

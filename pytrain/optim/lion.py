@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.base import FusedOptimizer, Rule, check_range, scalar
+from pytrain.optim.base import FusedOptimizer, Rule, check_range, decayed, scalar
 
 
 def lion(
     p: Tensor, g: Tensor, m: Tensor, *, t: float, lr: float, beta1: float, beta2: float, weight_decay: float
 ) -> Tensor:
     """Update the momentum m in place and return u of p <- p - u, by torch alone."""
-    u = lr * (torch.sign(beta1 * m + (1 - beta1) * g) + weight_decay * p)
+    u = lr * torch.sign(beta1 * m + (1 - beta1) * g) + decayed(p, lr * weight_decay)
     m.lerp_(g, 1 - beta2)
     return u
 

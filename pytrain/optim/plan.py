@@ -64,6 +64,7 @@ class Slow:
     group: int
     rule: Rule
     where: str
+    reason: str
 
 
 Work = tuple[Plan, list[Tensor], list[Tensor], list[int]]  # a plan, and its params, grads and rows in this step
@@ -87,6 +88,7 @@ class Settled:
             weakref.finalize(self, _free, [plan.table for plan in plans]).atexit = False
         groups = optimizer.param_groups
         self.rules = [optimizer.rule(group) for group in groups]
+        self.fused = [group.get("fused") for group in groups]
         self.hypers: list[tuple[float, ...]] = [() for _ in groups]
         self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
         self.block = self.control.numpy()
@@ -107,11 +109,11 @@ class Settled:
         return found == 0 or (found == 1 and self.read_hypers(optimizer))
 
     def read_hypers(self, optimizer: FusedOptimizer) -> bool:
-        """Write changed hyperparameters into the control block; False if a group now takes another rule."""
+        """Write changed hyperparameters into the control block; False if a group now takes another rule or backend."""
         for i, group in enumerate(optimizer.param_groups):
-            if optimizer.rule(group) is not self.rules[i]:
+            if optimizer.rule(group) is not self.rules[i] or group.get("fused") != self.fused[i]:
                 return False
-            hyper = (-1.0 if group["maximize"] else 1.0, *optimizer.hyper(group))
+            hyper = (-1.0 if group["maximize"] else 1.0, *map(float, optimizer.hyper(group)))
             if hyper != self.hypers[i]:
                 self.hypers[i] = hyper
                 self.rows[i, 0] = hyper[0]
@@ -242,13 +244,14 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             if param.grad is None and not (complete and param.requires_grad):
                 waiting.append(param)
                 continue
+            _check_states(state, param, rule, where)
             reason = _why_slow(param, state, rule, group)
             if reason:
                 optimizer.warn_once(reason)
             if reason is not None:
-                slow.append(Slow(param, index, rule, where))
+                _check_disjoint(param, where)
+                slow.append(Slow(param, index, rule, where, reason or backend.select(param, fused=False).reason))
                 continue
-            _check_states(state, param, rule, where)
             if needed and not complete:
                 wanted.append((param, rule))
             if not state:
@@ -258,7 +261,7 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             plan.groups.append(index)
             plan.where.append(where)
             if rule.counts and not optimizer.steps_in_state:  # only the first step differs, and it finds no state
-                plan.steps.append(torch.tensor(1.0 if complete else 0.0, device="cpu"))
+                plan.steps.append(torch.tensor(1.0 if complete else 0.0, dtype=torch.float32, device="cpu"))
     _make_states(optimizer, wanted)
     for plan in plans.values():
         for param in plan.params:
@@ -325,6 +328,19 @@ def _check_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: st
                 f"{where}: its state {name!r} has shape {tuple(value.shape)} on {value.device}, "
                 f"expected {tuple(param.shape)} on {param.device}"
             )
+
+
+def _check_disjoint(param: Tensor, where: str) -> None:
+    """As the kernels do: an element that is another one too would be stepped twice."""
+    if param.layout != torch.strided or not param.numel():
+        return
+    reach = 0  # the largest offset that the dimensions so far can add up to
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise UnfitError(
+                f"{where}: it has elements that share memory (for instance from expand()); pass a contiguous tensor"
+            )
+        reach += stride * (size - 1)
 
 
 def _fit_states(state: dict[str, Tensor], param: Tensor, rule: Rule, seen: set[int]) -> list[Tensor]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ["tests/kernels/kernel_test.cpp", *(f"csrc/cpu/{name}.cpp" for name in (
     "isa", "dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512"
 ))]  # fmt: skip
-FLAGS = ["-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-Icsrc"]
+FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Icsrc"]
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 QEMU = shutil.which("qemu-x86_64")
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from pytrain.optim import REGISTRY
+from pytrain.optim.base import Rule
 
 ROOT = Path(__file__).parents[2]
 RULES = {rule.name: rule for cls in REGISTRY.values() for rule in cls.rules}
 VALUES = {"lr": 0.1, "beta1": 0.85, "beta2": 0.97, "eps": 1e-3, "weight_decay": 0.07, "momentum": 0.8, "dampening": 0.3}
+FORGETFUL = {**VALUES, "beta1": 0.2, "beta2": 0.4, "weight_decay": 0.0}  # the other form of lerp, and no decay
 COMPILER = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
 
 
@@ -30,21 +32,26 @@ def build(csrc: Path, folder: Path) -> Path:
 
 def compare(library: Path, name: str) -> None:
     """Four steps of a rule from both sides; the fifth digit from the end may differ (libm's pow, fused sums)."""
-    rule = RULES[name]
+    for values in (VALUES, FORGETFUL):
+        compare_with(library, RULES[name], values)
+
+
+def compare_with(library: Path, rule: Rule, values: dict[str, float]) -> None:
+    """`compare` with these hyperparameters."""
     step = ctypes.CDLL(str(library)).pytrain_step
     generator = torch.Generator().manual_seed(1)
     p = torch.randn(64, generator=generator, dtype=torch.float64)
     states = [torch.zeros_like(p) for _ in rule.states]
     q, exact = p.clone(), [s.clone() for s in states]
-    hypers = {n: VALUES[n] for n in rule.hypers}
+    hypers = {n: values[n] for n in rule.hypers}
     packed = (ctypes.c_double * len(hypers))(*hypers.values())
     addresses = (ctypes.c_void_p * max(1, len(states)))(*[s.data_ptr() for s in states])
     for t in range(1, 5):
         g = torch.randn(64, generator=generator, dtype=torch.float64)
         g[:4] = 0.0  # where the momentum decides
-        g[4] = q[4] * -VALUES["weight_decay"]
+        g[4] = q[4] * -values["weight_decay"]
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in (p, g)]
-        assert step(name.encode(), packed, ctypes.c_double(t), *pointers, addresses, ctypes.c_int64(64)) == 0
+        assert step(rule.name.encode(), packed, ctypes.c_double(t), *pointers, addresses, ctypes.c_int64(64)) == 0
         q = q - rule.reference(q, g, *exact, t=float(t), **hypers)
         for found, wanted in zip((p, *states), (q, *exact), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)

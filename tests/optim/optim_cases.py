@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,11 +106,18 @@ def bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(whole)
 
 
+def processor() -> str:
+    """The processor's name, for reasons."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 @contextmanager
 def isa(level: str) -> Iterator[None]:
     """Run at an instruction set level; skips where this machine does not have it."""
     if not backend.facts.isa_levels()[level]:
-        pytest.skip(f"this machine's processor has no {level}")
+        pytest.skip(f"this machine ({processor()}) has no {level}")
     before = backend.isa()
     backend.isa(level)
     try:
@@ -131,8 +140,8 @@ def threads(count: int) -> Iterator[None]:
 Layout = Callable[[Tensor], Tensor]
 LAYOUTS: dict[str, Layout] = {
     "contiguous": lambda x: x.clone(),
-    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1),
+    "channels_last": lambda x: x.clone(memory_format=torch.channels_last),
     "every_second": lambda x: torch.stack([x, x], dim=-1).contiguous()[..., 0],
     "rows_apart": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
     "offset_by_one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),

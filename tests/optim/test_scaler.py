@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler on the CPU: every mix of flag, scale and unscale_, several optimizers, and what hosts inspect."""
+"""torch.amp.GradScaler on the CPU: every mix of flag, scale and unscale_, and what hosts look at."""
 
 from __future__ import annotations
 
