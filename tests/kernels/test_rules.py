@@ -17,7 +17,8 @@ from pytrain.optim.base import Rule
 ROOT = Path(__file__).parents[2]
 RULES = {rule.name: rule for cls in REGISTRY.values() for rule in cls.rules}
 VALUES = {"lr": 0.1, "beta1": 0.85, "beta2": 0.97, "eps": 1e-3, "weight_decay": 0.07, "momentum": 0.8, "dampening": 0.3}
-FORGETFUL = {**VALUES, "beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0}  # the other form of lerp, and no decay
+FORGETFUL = {**VALUES, "beta1": 0.2, "beta2": 0.4, "weight_decay": 0.0}  # the other form of lerp, and no decay
+FORGOTTEN = {**VALUES, "beta1": 0.0, "beta2": 0.0}
 COMPILER = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
 
 
@@ -32,7 +33,7 @@ def build(csrc: Path, folder: Path) -> Path:
 
 def compare(library: Path, name: str) -> None:
     """Four steps of a rule from both sides; the fifth digit from the end may differ (libm's pow, fused sums)."""
-    for values in (VALUES, FORGETFUL):
+    for values in (VALUES, FORGETFUL, FORGOTTEN):
         compare_with(library, RULES[name], values)
 
 
@@ -49,7 +50,7 @@ def compare_with(library: Path, rule: Rule, values: dict[str, float]) -> None:
     for t in range(1, 5):
         g = torch.randn(64, generator=generator, dtype=torch.float64)
         g[:4] = 0.0  # where the momentum decides
-        g[5] = 1e-9 if t % 2 == 0 else 1.0  # what is left of a momentum that is forgotten would show
+        g[5] = 1e-9 if t % 2 == 0 else 1e6  # what is left of a momentum that is forgotten would show
         g[4] = q[4] * -values["weight_decay"]
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in (p, g)]
         assert step(rule.name.encode(), packed, ctypes.c_double(t), *pointers, addresses, ctypes.c_int64(64)) == 0
