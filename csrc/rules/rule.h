@@ -13,6 +13,21 @@
 //     template <class T> PT_HD T operator()(T p, T g, T& state...) const;   // returns the update u: p <- p - u
 //   };
 //
+// A rule that keeps numbers of a whole tensor between steps (NAdam's product of momenta) has them as fp32 scalars:
+//
+//     static constexpr const char* scalars[];       // at most 2
+//     PT_HD Rule(const Hyper&, double t, const double* scalars);            // as they were before this step
+//     PT_HD static void advance(const Hyper&, double t, double* scalars);   // as they will be after it
+//
+// A rule that needs sums over a whole tensor (LAMB's norms) is called twice for each element; between the two it is
+// told the sums, which come out the same for any number of threads and any instruction set:
+//
+//     static constexpr int sums;                    // how many, at most 2
+//     static constexpr bool measure_writes;         // does measure change the states?
+//     template <class T> PT_HD void measure(T p, T g, T& state..., T* terms) const;   // what is to be summed
+//     PT_HD void settle(const double* sums, double numel);                  // then operator() is called
+//     PT_HD static void advance(const Hyper&, double t, double* scalars, const double* sums);   // where it has scalars
+//
 // PT_ISA is the namespace of the instruction set that a file is compiled for. Every function that a kernel uses
 // lives in it, so that the linker can never pick one machine's code for another's.
 #pragma once
@@ -72,5 +87,30 @@ PT_HD double power(double base, double t) {
   }
   return result;
 }
+
+// e^x and the natural logarithm from sums and products alone, for the same reason; to about an ulp and a half.
+PT_HD double exponential(double x) {
+  const double n = std::floor(x * 1.4426950408889634 + 0.5);
+  const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
+  double sum = 1.0;
+  for (int k = 18; k > 0; --k) sum = 1.0 + sum * r / k;
+  return std::ldexp(sum, static_cast<int>(n));
+}
+
+PT_HD double logarithm(double x) {
+  int n;
+  double m = std::frexp(x, &n);  // in [0.5, 1)
+  if (m < 0.70710678118654752) {
+    m *= 2.0;
+    --n;
+  }
+  const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
+  double sum = 0.0;
+  for (int k = 23; k > 0; k -= 2) sum = sum * s2 + 1.0 / k;
+  return n * 1.90821492927058770002e-10 + (2.0 * s * sum + n * 0.693147180369123816490);
+}
+
+// base^x for base > 0 and any x.
+PT_HD double real_power(double base, double x) { return exponential(x * logarithm(base)); }
 
 }  // namespace pytrain::PT_ISA::rules

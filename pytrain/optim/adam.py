@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.base import FusedOptimizer, Rule, check_range, scalar
+from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range, scalar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def adam(
@@ -26,8 +29,9 @@ def adam(
 
 
 HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
-ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), HYPERS, True, adam)
-AMSGRAD = Rule("adam_amsgrad", (*ADAM.states, "max_exp_avg_sq"), HYPERS, True, adam)
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
+ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), HYPERS, True, adam, positive=SQUARES)
+AMSGRAD = Rule("adam_amsgrad", (*ADAM.states, "max_exp_avg_sq"), HYPERS, True, adam, positive=SQUARES)
 
 
 class Adam(FusedOptimizer):
@@ -51,8 +55,7 @@ class Adam(FusedOptimizer):
         differentiable: not supported: use torch.optim.Adam.
         fused: True demands the kernels, False the torch path, None takes the kernels where they can serve.
         decoupled_weight_decay: decay the parameter itself, as AdamW does.
-        amp_scaling: let torch.amp.GradScaler hand its scale and inf flag to `step`. False makes it unscale
-            and skip by itself, which code that inspects skipped steps needs.
+        options: storage and loss scaling, the same for every optimizer: see `Options`.
 
     Shape: parameters of any shape and strides whose elements do not share memory; float32, float64, bfloat16 or
         float16 in the kernels, any floating or complex dtype in the torch path. State has the parameter's dtype.
@@ -83,7 +86,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        amp_scaling: bool = True,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,7 +101,7 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, amp_scaling=amp_scaling)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_range("lr", group["lr"], 0)
@@ -114,6 +117,6 @@ class Adam(FusedOptimizer):
             return adamw.AMSGRAD if group["amsgrad"] else adamw.ADAMW
         return AMSGRAD if group["amsgrad"] else ADAM
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
         beta1, beta2 = group["betas"]
-        return float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"]
+        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.adam import HYPERS, Adam, adam
-from pytrain.optim.base import Rule, decayed
+from pytrain.optim.adam import HYPERS, SQUARES, Adam, adam
+from pytrain.optim.base import Options, Rule, decayed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def adamw(
@@ -18,8 +23,8 @@ def adamw(
     return u + decayed(p, lr * weight_decay)
 
 
-ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), HYPERS, True, adamw)
-AMSGRAD = Rule("adamw_amsgrad", (*ADAMW.states, "max_exp_avg_sq"), HYPERS, True, adamw)
+ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), HYPERS, True, adamw, positive=SQUARES)
+AMSGRAD = Rule("adamw_amsgrad", (*ADAMW.states, "max_exp_avg_sq"), HYPERS, True, adamw, positive=SQUARES)
 
 
 class AdamW(Adam):
@@ -37,7 +42,7 @@ class AdamW(Adam):
         weight_decay: decay of the parameter itself, times lr, >= 0.
         amsgrad: divide by the largest second moment so far (arXiv:1904.09237).
         maximize: climb instead of descend.
-        foreach, capturable, differentiable, fused, amp_scaling: as in `Adam`.
+        foreach, capturable, differentiable, fused, options: as in `Adam`.
 
     Shape: as in `Adam`.
 
@@ -64,7 +69,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        amp_scaling: bool = True,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -79,5 +84,5 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            amp_scaling=amp_scaling,
+            **options,
         )

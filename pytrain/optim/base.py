@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from pytrain import backend
 from pytrain.optim.plan import Settled, settle
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 REGISTRY: dict[str, type[FusedOptimizer]] = {}
 
 
@@ -23,8 +26,9 @@ REGISTRY: dict[str, type[FusedOptimizer]] = {}
 class Rule:
     """An update rule: what C++ and Python must agree on, and its reference in torch.
 
-    `reference(p, g, *states, t=..., **hypers)` updates the states in place and returns the update u of p <- p - u.
-    In fp64 it is the oracle of the tests; in the parameter's own dtype it is the fallback.
+    `reference(p, g, *states, *scalars, t=..., **hypers)` updates the states (shaped as p) and the scalars (fp32, no
+    dimensions) in place and returns the update u of p <- p - u. In fp64 it is the oracle of the tests; in the
+    parameter's own dtype it is the fallback.
     """
 
     name: str
@@ -32,6 +36,24 @@ class Rule:
     hypers: tuple[str, ...]
     counts: bool
     reference: Callable[..., Tensor]
+    scalars: tuple[str, ...] = ()
+    sums: int = 0  # how many sums over the whole tensor the C++ rule takes before it updates
+    positive: tuple[str, ...] = ()  # states that are never below zero
+    exact: tuple[str, ...] = ()  # states that hold weights or step sizes: never kept in fewer than 32 bits
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every optimizer, besides torch's. See docs/optimizers.md."""
+
+    amp_scaling: bool
+    master_weights: bool | str
+    rounding: str
+    kahan: bool
+    state_dtype: str | None
+    ema_decay: float | None
+    zero_grad_in_step: bool
+    step_in_backward: bool
+    seed: int
 
 
 class FusedOptimizer(Optimizer):
@@ -50,12 +72,12 @@ class FusedOptimizer(Optimizer):
         if "rules" in cls.__dict__:  # a user's subclass without a rule of its own is not one more optimizer
             REGISTRY[cls.__name__.lower()] = cls
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, amp_scaling: bool = True) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         self._settled: Settled | None = None
         self._loading: dict[str, Any] | None = None
         self._warned: set[str] = set()
         self._skipped = False
-        self._step_supports_amp_scaling = amp_scaling
+        self._step_supports_amp_scaling = options.get("amp_scaling", True)
         self.check_group(defaults)
         self._check_implementation(defaults)
         super().__init__(params, defaults)
@@ -69,9 +91,13 @@ class FusedOptimizer(Optimizer):
         """The rule that a group's options select."""
         raise NotImplementedError
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """The rule's hyperparameters as plain numbers, in the order of `Rule.hypers`."""
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        """The rule's hyperparameters, in the order of `Rule.hypers`."""
         raise NotImplementedError
+
+    def initial(self, name: str, param: Tensor, group: dict[str, Any]) -> float | Tensor:
+        """What a state or scalar of this name begins with: a number, or values shaped as the parameter."""
+        return 0.0
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.base import FusedOptimizer, Rule, check_range, decayed, scalar
+from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range, decayed, scalar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def lion(
@@ -39,7 +42,7 @@ class Lion(FusedOptimizer):
         betas: weight of the momentum in the step, and its decay; each in [0, 1).
         weight_decay: decay of the parameter itself, times lr, >= 0.
         maximize: climb instead of descend.
-        foreach, capturable, differentiable, fused, amp_scaling: as in `Adam`.
+        foreach, capturable, differentiable, fused, options: as in `Adam`.
 
     Shape: as in `Adam`.
 
@@ -65,7 +68,7 @@ class Lion(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        amp_scaling: bool = True,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -77,7 +80,7 @@ class Lion(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, amp_scaling=amp_scaling)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_range("lr", group["lr"], 0)
@@ -88,6 +91,6 @@ class Lion(FusedOptimizer):
     def rule(self, group: dict[str, Any]) -> Rule:
         return LION
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
         beta1, beta2 = group["betas"]
-        return float(group["lr"]), float(beta1), float(beta2), group["weight_decay"]
+        return group["lr"], beta1, beta2, group["weight_decay"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.base import FusedOptimizer, Rule, check_range
+from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def sgd(p: Tensor, g: Tensor, *, t: float, lr: float, weight_decay: float) -> Tensor:
@@ -54,7 +57,7 @@ class SGD(FusedOptimizer):
         weight_decay: L2 penalty, added to the gradient, >= 0.
         nesterov: look one momentum step ahead; needs momentum > 0 and dampening == 0.
         maximize: climb instead of descend.
-        foreach, differentiable, fused, amp_scaling: as in `Adam`.
+        foreach, differentiable, fused, options: as in `Adam`.
 
     Shape: as in `Adam`; sparse gradients take the torch path.
 
@@ -82,7 +85,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        amp_scaling: bool = True,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -95,7 +98,7 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, amp_scaling=amp_scaling)
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_range("lr", group["lr"], 0)
@@ -112,6 +115,6 @@ class SGD(FusedOptimizer):
             return PLAIN
         return NESTEROV if group["nesterov"] else MOMENTUM
 
-    def hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
-        plain = float(group["lr"]), group["weight_decay"]
+    def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        plain = group["lr"], group["weight_decay"]
         return plain if group["momentum"] == 0 else (*plain, group["momentum"], group["dampening"])
