@@ -199,12 +199,17 @@ class Reader {
 
 template <class Rule>
 py::dict describe() {
-  py::list states, hypers;
+  py::list states, scalars, hypers;
   for (int i = 0; i < pytrain::PT_ISA::rules::state_count<Rule>(); ++i) states.append(Rule::states[i]);
+  for (int i = 0; i < pytrain::PT_ISA::rules::scalar_count<Rule>(); ++i) {
+    scalars.append(pytrain::PT_ISA::rules::Scalars<Rule>::names[i]);
+  }
   for (const char* name : Rule::hypers) hypers.append(name);
   py::dict facts;
   facts["states"] = py::tuple(states);
   facts["hypers"] = py::tuple(hypers);
+  facts["scalars"] = py::tuple(scalars);
+  facts["sums"] = pytrain::PT_ISA::rules::sum_count<Rule>();
   facts["counts"] = Rule::counts;
   return facts;
 }
@@ -237,7 +242,7 @@ PYBIND11_MODULE(_C, m) {
       "gcc " __VERSION__;
 #endif
   m.def("rules", [] { return describe_all(pytrain::PT_ISA::rules::All{}); },
-        "Every rule with its state names, hyperparameter names and whether it counts steps.");
+        "Every rule with its states, scalars and hyperparameters, how many sums it takes and whether it counts steps.");
   m.def("isa_levels", &isa_levels, "Every instruction set level and whether this machine supports it.");
   m.def("collect", &collect, py::arg("items"), py::arg("attribute"),
         "(values, positions) of an attribute over a list, leaving out None; empty positions mean every item.");

@@ -10,7 +10,7 @@ constexpr int max_hypers = 14;
 // One row a param group.
 struct GroupRow {
   double grad_sign;            // -1 to maximize, else 1
-  double reserved;
+  double ema_weight;           // how far a weight average moves to the parameter in a step; all the way in the first
   double hypers[max_hypers];   // the rule's Hyper, field by field
 };
 

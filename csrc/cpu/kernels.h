@@ -1,13 +1,12 @@
-// The one loop on the CPU, for every rule and format. Included once an instruction set, inside its target attribute.
+// The loops of each rule on the CPU, straight through memory. Included once an instruction set, inside its target
+// attribute; storage.h beside it has what is the same for all rules.
 #pragma once
 
 namespace pytrain::PT_ISA::cpu {
 
-using pytrain::core::Control;
 using pytrain::core::GroupRow;
-using pytrain::core::Segment;
 
-// n elements in T = float or double, straight through memory. Not inlined, so that a disassembly can name it.
+// n elements in T = float or double. Not inlined, so that a disassembly can name it.
 template <class Rule, class T, int... I>
 __attribute__((noinline)) void update(const Rule& prepared, T grad_coef, T* __restrict__ p, const T* __restrict__ g,
                                       T* const* s, int64_t n, std::integer_sequence<int, I...>) {
@@ -29,84 +28,98 @@ __attribute__((noinline)) void update(const Rule& prepared, T grad_coef, T* __re
   }
 }
 
-template <class H>
-__attribute__((noinline)) void decode_tile(const H* from, float* __restrict__ to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = core::decode(from[i]);
-}
-
-template <class H>
-__attribute__((noinline)) void encode_tile(const float* __restrict__ from, H* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = core::encode(from[i], H{});
-}
-
-// n elements of one segment from element `first` on, stored as T: fp32 and fp64 directly, halves tile by tile in fp32.
-template <class Rule, class T, int... I>
-void run(const Rule& rule, double grad_coef, const Segment& segment, int64_t first, int64_t n,
-         std::integer_sequence<int, I...> states) {
-  T* const p = static_cast<T*>(segment.param) + first;
-  const T* const g = static_cast<const T*>(segment.grad) + first;
-  T* const s[] = {static_cast<T*>(segment.states[I]) + first..., nullptr};
-  if constexpr (std::is_floating_point_v<T>) {
-    update<Rule, T>(rule, T(grad_coef), p, g, s, n, states);
-  } else {
-    constexpr int64_t tile = 512;  // 2 KiB a stream: five of them leave room in the smallest L1
-    float tile_p[tile], tile_g[tile], tile_s[sizeof...(I) + 1][tile];
-    float* const tile_states[] = {tile_s[I]..., nullptr};
-    for (int64_t done = 0; done < n; done += tile) {
-      const int64_t m = n - done < tile ? n - done : tile;
-      decode_tile(p + done, tile_p, m);
-      decode_tile(g + done, tile_g, m);
-      (decode_tile(s[I] + done, tile_s[I], m), ...);
-      update<Rule, float>(rule, float(grad_coef), tile_p, tile_g, tile_states, m, states);
-      encode_tile(tile_p, p + done, m);
-      (encode_tile(tile_s[I], s[I] + done, m), ...);
-    }
+// The terms that the rule sums up, for n elements.
+template <class Rule, class T, int... I, int... K>
+__attribute__((noinline)) void measure(const Rule& prepared, T grad_coef, const T* __restrict__ p,
+                                       const T* __restrict__ g, T* const* s, T* const* terms, int64_t n,
+                                       std::integer_sequence<int, I...>, std::integer_sequence<int, K...>) {
+  const Rule rule = prepared;
+  T* const states[] = {s[I]..., nullptr};
+  T* const out[] = {terms[K]...};
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (int64_t i = 0; i < n; ++i) {
+    T value[] = {states[I][i]..., T(0)};
+    T term[sizeof...(K)];
+    rule.measure(p[i], g[i] * grad_coef, value[I]..., term);
+    if constexpr (Rule::measure_writes) ((states[I][i] = value[I]), ...);
+    ((out[K][i] = term[K]), ...);
   }
 }
 
 template <class Rule>
-Rule prepare(const GroupRow& row, double step) {
-  typename Rule::Hyper hyper;
-  static_assert(sizeof hyper <= sizeof row.hypers && sizeof hyper == sizeof(double) * rules::hyper_count<Rule>());
-  __builtin_memcpy(&hyper, row.hypers, sizeof hyper);
-  return Rule(hyper, step);
+typename Rule::Hyper hyper(const GroupRow& row) {
+  typename Rule::Hyper h;
+  static_assert(sizeof h <= sizeof row.hypers && sizeof h == sizeof(double) * rules::hyper_count<Rule>());
+  __builtin_memcpy(&h, row.hypers, sizeof h);
+  return h;
+}
+
+constexpr int max_rule_bytes = 256;
+
+template <class Rule>
+void prepare(const GroupRow& row, double step, const double* scalars, void* memory) {
+  static_assert(sizeof(Rule) <= max_rule_bytes && std::is_trivially_copyable_v<Rule>);
+  (void)scalars;
+  if constexpr (rules::scalar_count<Rule>() > 0) {
+    new (memory) Rule(hyper<Rule>(row), step, scalars);
+  } else {
+    new (memory) Rule(hyper<Rule>(row), step);
+  }
 }
 
 template <class Rule, class T>
-void step(const Segment* segments, const int64_t* offsets, int64_t n_segments, const Control* control, int64_t begin,
-          int64_t end) {
-  // The last segment that starts at or before `begin`.
-  int64_t low = 0, high = n_segments - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (offsets[middle] <= begin) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
+void update_any(const void* rule, T coef, T* p, const T* g, T* const* states, int64_t n) {
+  update<Rule, T>(*static_cast<const Rule*>(rule), coef, p, g, states, n,
+                  std::make_integer_sequence<int, rules::state_count<Rule>()>{});
+}
+
+template <class Rule, class T>
+void measure_any(const void* rule, T coef, T* p, const T* g, T* const* states, T* const* terms, int64_t n) {
+  measure<Rule, T>(*static_cast<const Rule*>(rule), coef, p, g, states, terms, n,
+                   std::make_integer_sequence<int, rules::state_count<Rule>()>{},
+                   std::make_integer_sequence<int, rules::sum_count<Rule>()>{});
+}
+
+template <class Rule>
+void settle(void* rule, const double* sums, double numel) {
+  static_cast<Rule*>(rule)->settle(sums, numel);
+}
+
+template <class Rule>
+void advance(const GroupRow& row, double step, double* scalars, const double* sums) {
+  (void)sums;
+  if constexpr (rules::sum_count<Rule>() > 0) {
+    Rule::advance(hyper<Rule>(row), step, scalars, sums);
+  } else {
+    Rule::advance(hyper<Rule>(row), step, scalars);
   }
-  const GroupRow* const rows = reinterpret_cast<const GroupRow*>(control + 1);
-  int64_t group = segments[low].group;
-  double count = segments[low].step;
-  Rule rule = prepare<Rule>(rows[group], count);
-  for (int64_t i = low; i < n_segments && offsets[i] < end; ++i) {
-    const Segment& segment = segments[i];
-    const int64_t first = begin > offsets[i] ? begin - offsets[i] : 0;
-    const int64_t last = end - offsets[i] < segment.numel ? end - offsets[i] : segment.numel;
-    if (first >= last) continue;
-    if (segment.group != group || segment.step != count) {
-      group = segment.group;
-      count = segment.step;
-      rule = prepare<Rule>(rows[group], count);
-    }
-    run<Rule, T>(rule, rows[group].grad_sign * control->inv_scale, segment, first, last - first,
-                 std::make_integer_sequence<int, rules::state_count<Rule>()>{});
+}
+
+template <class Rule>
+constexpr pytrain::cpu::RuleFunctions functions() {
+  pytrain::cpu::RuleFunctions f{};
+  f.prepare = &prepare<Rule>;
+  f.update32 = &update_any<Rule, float>;
+  f.update64 = &update_any<Rule, double>;
+  f.states = rules::state_count<Rule>();
+  f.sums = rules::sum_count<Rule>();
+  if constexpr (rules::sum_count<Rule>() > 0) {
+    f.measure32 = &measure_any<Rule, float>;
+    f.measure64 = &measure_any<Rule, double>;
+    f.settle = &settle<Rule>;
+    f.measure_writes = Rule::measure_writes;
   }
+  if constexpr (rules::scalar_count<Rule>() > 0) f.advance = &advance<Rule>;
+  return f;
 }
 
 template <class... Rules>
 constexpr pytrain::cpu::Kernels table(rules::List<Rules...>) {
-  return {{{&step<Rules, float>, &step<Rules, double>, &step<Rules, core::Bf16>, &step<Rules, core::Fp16>}...}};
+  return {{functions<Rules>()...}, &step, &take_sums, &all_finite};
 }
 
 }  // namespace pytrain::PT_ISA::cpu

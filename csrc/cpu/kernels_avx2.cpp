@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -15,8 +16,13 @@
 #else
 #pragma GCC target("avx2")
 #endif
+#include "core/codec.h"
 #include "core/half.h"
+#include "core/random.h"
+#include "core/sum.h"
 #include "rules/all.h"
+
+#include "cpu/storage.h"
 
 #include "cpu/kernels.h"
 #ifdef __clang__

@@ -3,13 +3,19 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
 #include "cpu/table.h"
 
 #define PT_ISA baseline
+#include "core/codec.h"
 #include "core/half.h"
+#include "core/random.h"
+#include "core/sum.h"
 #include "rules/all.h"
+
+#include "cpu/storage.h"
 
 #include "cpu/kernels.h"

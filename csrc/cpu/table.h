@@ -1,4 +1,4 @@
-// What every instruction set offers: one function a (rule, format), over a range of the flattened elements.
+// What every instruction set offers: the loops over segments, and for each rule the functions that they call.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,49 @@
 
 namespace pytrain::cpu {
 
-// Updates elements [begin, end) of the segments laid end to end; segment i starts at element offsets[i].
-using StepFn = void (*)(const core::Segment* segments, const int64_t* offsets, int64_t n_segments,
-                        const core::Control* control, int64_t begin, int64_t end);
+// One rule's functions over n elements. `rule` is the memory of a prepared rule; sums are of doubles.
+struct RuleFunctions {
+  void (*prepare)(const core::GroupRow& row, double step, const double* scalars, void* rule);
+  void (*update32)(const void* rule, float coef, float* p, const float* g, float* const* states, int64_t n);
+  void (*update64)(const void* rule, double coef, double* p, const double* g, double* const* states, int64_t n);
+  // Of rules with sums, else null: the terms of each element, and the coefficients once they are summed.
+  void (*measure32)(const void* rule, float coef, float* p, const float* g, float* const* states, float* const* terms,
+                    int64_t n);
+  void (*measure64)(const void* rule, double coef, double* p, const double* g, double* const* states,
+                    double* const* terms, int64_t n);
+  void (*settle)(void* rule, const double* sums, double numel);
+  // Of rules with scalars, else null: their values after the step.
+  void (*advance)(const core::GroupRow& row, double step, double* scalars, const double* sums);
+  int states, sums;
+  bool measure_writes;
+};
+
+// The segments laid end to end; segment i starts at element offsets[i] and has its partial sums from partials[i] on.
+struct Job {
+  const RuleFunctions* rule;
+  core::Storage storage;
+  const core::Segment* segments;
+  const core::Extra* extras;  // may be null where the storage is direct and the rule has neither sums nor scalars
+  const int64_t* offsets;
+  int64_t n_segments;
+  const core::Control* control;
+  const int64_t* partial_offsets;
+  double* partials;  // one a block of a segment and sum
+};
+
+// Work is handed out in blocks of a segment, so that partial sums and 8-bit blocks have one owner.
+constexpr int64_t block = 4096;
+static_assert(block % core::code_block == 0);
 
 constexpr int max_rules = 64;
 
+// The ranges are of flattened elements; a block belongs to the range that it begins in.
 struct Kernels {
-  StepFn step[max_rules][core::format_count];
+  RuleFunctions rules[max_rules];
+  void (*step)(const Job& job, int64_t begin, int64_t end);
+  void (*measure)(const Job& job, int64_t begin, int64_t end);
+  // Whether all gradients are finite.
+  bool (*finite)(const Job& job, int64_t begin, int64_t end);
 };
 
 }  // namespace pytrain::cpu

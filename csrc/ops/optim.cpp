@@ -21,7 +21,9 @@ using torch::stable::detail::to;
 
 template <class... Rules>
 std::array<RuleInfo, sizeof...(Rules)> infos(PT_ISA::rules::List<Rules...>) {
-  return {RuleInfo{Rules::name, Rules::states, PT_ISA::rules::state_count<Rules>(), Rules::counts}...};
+  return {RuleInfo{Rules::name, Rules::states, PT_ISA::rules::state_count<Rules>(),
+                   PT_ISA::rules::Scalars<Rules>::names, PT_ISA::rules::scalar_count<Rules>(),
+                   PT_ISA::rules::sum_count<Rules>(), Rules::counts}...};
 }
 
 const auto& all_rules() {
@@ -38,6 +40,7 @@ std::string schema(const RuleInfo& rule) {
   };
   std::string text = std::string(rule.name) + "_(" + list("params") + "Tensor[] grads, ";
   for (int s = 0; s < rule.n_states; ++s) text += list(rule.states[s]);
+  for (int s = 0; s < rule.n_scalars; ++s) text += list(rule.scalars[s]);
   if (rule.counts) text += list("step");
   return text + "Tensor control, int[] groups) -> ()";
 }
@@ -52,33 +55,47 @@ View control_view(AtenTensorHandle control, const char* op) {
   return v;
 }
 
-// The public op of rule number R: a table that lives for one step.
+std::vector<Handle> handles(const TensorList& list) {
+  std::vector<Handle> out;
+  out.reserve(list.size());
+  for (int64_t k = 0; k < list.size(); ++k) out.push_back(share(list[k]));
+  return out;
+}
+
+// The public op of rule number R: a table that lives for one step, with states in the parameters' dtype.
 template <int R>
 void step_once(StableIValue* stack, uint64_t, uint64_t) {
   const RuleInfo& rule = all_rules()[R];
   int at = 0;
   const TensorList params(stack[at++]), grads(stack[at++]);
-  std::vector<std::unique_ptr<TensorList>> lists;
-  for (int s = 0; s < rule.n_states; ++s) lists.push_back(std::make_unique<TensorList>(stack[at++]));
-  std::vector<Handle> steps;
-  if (rule.counts) {
-    const TensorList list(stack[at++]);
-    for (int64_t k = 0; k < list.size(); ++k) steps.push_back(share(list[k]));
-  }
-  const Handle control(to<AtenTensorHandle>(stack[at++]));
-  auto groups = to<std::vector<int64_t>>(stack[at++]);
-  STD_TORCH_CHECK(static_cast<int64_t>(groups.size()) == params.size(), rule.name, "_: groups has ", groups.size(),
-                  " entries, params has ", params.size());
-  std::vector<Handle> states;
-  for (int64_t k = 0; k < params.size(); ++k) {
-    for (int s = 0; s < rule.n_states; ++s) {
-      STD_TORCH_CHECK(lists[s]->size() == params.size(), rule.name, "_: ", rule.states[s], " has ", lists[s]->size(),
-                      " tensors, params has ", params.size());
-      states.push_back(share((*lists[s])[k]));
+  // Lists of one tensor a parameter, handed over row by row.
+  const auto rows_of = [&](const char* const* names, int count) {
+    std::vector<std::unique_ptr<TensorList>> lists;
+    for (int s = 0; s < count; ++s) lists.push_back(std::make_unique<TensorList>(stack[at++]));
+    std::vector<Handle> rows;
+    for (int64_t k = 0; k < params.size(); ++k) {
+      for (int s = 0; s < count; ++s) {
+        STD_TORCH_CHECK(lists[s]->size() == params.size(), rule.name, "_: ", names[s], " has ", lists[s]->size(),
+                        " tensors, params has ", params.size());
+        rows.push_back(share((*lists[s])[k]));
+      }
     }
-  }
-  Table table(R, rule, std::move(states), std::move(steps), std::move(groups));
-  table.step(params, grads, {}, control_view(control.get(), rule.name), true, true);
+    return rows;
+  };
+  Kept kept;
+  kept.states = rows_of(rule.states, rule.n_states);
+  kept.scalars = rows_of(rule.scalars, rule.n_scalars);
+  static constexpr const char* step_name[] = {"step"};
+  kept.steps = rows_of(step_name, rule.counts);
+  const Handle control(to<AtenTensorHandle>(stack[at++]));
+  kept.groups = to<std::vector<int64_t>>(stack[at++]);
+  STD_TORCH_CHECK(static_cast<int64_t>(kept.groups.size()) == params.size(), rule.name, "_: groups has ",
+                  kept.groups.size(), " entries, params has ", params.size());
+  core::Storage storage;
+  if (params.size()) storage.param = view(params[0], false).format;
+  for (Format& format : storage.states) format = storage.param;
+  Table table(R, rule, storage, std::move(kept));
+  table.step(params, grads, {}, control_view(control.get(), rule.name), Table::Mode::write, true);
 }
 
 // Tables live here under a number, because the stable ABI has no objects of ours. Never destroyed: at the process's
@@ -93,23 +110,45 @@ Tables& tables() {
   return *all;
 }
 
-std::vector<Handle> handles(const TensorList& list) {
-  std::vector<Handle> out;
-  out.reserve(list.size());
-  for (int64_t k = 0; k < list.size(); ++k) out.push_back(share(list[k]));
-  return out;
+// The storage from the ints that pytrain.optim.plan writes: formats of the parameter and the states as core::Format
+// numbers them, core::Keep, then ema, zero_grad, stochastic and the seed.
+core::Storage storage_from(const std::vector<int64_t>& words) {
+  constexpr size_t expected = 1 + core::max_states + 5;
+  STD_TORCH_CHECK(words.size() == expected, "_table: storage has ", words.size(), " entries, expected ", expected);
+  core::Storage storage;
+  const auto format = [&](size_t i) {
+    STD_TORCH_CHECK(words[i] >= 0 && words[i] <= static_cast<int64_t>(Format::u8), "_table: storage[", i, "] is ",
+                    words[i], ", not a format");
+    return static_cast<Format>(words[i]);
+  };
+  size_t at = 0;
+  storage.param = format(at++);
+  for (Format& state : storage.states) state = format(at++);
+  STD_TORCH_CHECK(words[at] >= 0 && words[at] <= static_cast<int64_t>(core::Keep::compensation), "_table: storage[", at,
+                  "] is ", words[at], ", nothing that is kept");
+  storage.keep = static_cast<core::Keep>(words[at++]);
+  storage.ema = words[at++] != 0;
+  storage.zero_grad = words[at++] != 0;
+  storage.stochastic = words[at++] != 0;
+  storage.seed = static_cast<uint64_t>(words[at]);
+  return storage;
 }
 
-// _table(str rule, Tensor[] states, Tensor[] steps, int[] groups) -> int
+// _table(str rule, Tensor[] states, Tensor[] scales, Tensor[] kept, Tensor[] emas, Tensor[] scalars, Tensor[] steps,
+//        int[] groups, int[] indices, int[] storage) -> int
 void make_table(StableIValue* stack, uint64_t, uint64_t) {
   const auto name = to<std::string>(stack[0]);
-  const TensorList states(stack[1]), steps(stack[2]);
-  auto groups = to<std::vector<int64_t>>(stack[3]);
+  Kept kept;
+  std::vector<Handle>* const lists[] = {&kept.states, &kept.scales, &kept.kept, &kept.emas, &kept.scalars, &kept.steps};
+  int at = 1;
+  for (std::vector<Handle>* const list : lists) *list = handles(TensorList(stack[at++]));
+  kept.groups = to<std::vector<int64_t>>(stack[at++]);
+  kept.indices = to<std::vector<int64_t>>(stack[at++]);
+  const core::Storage storage = storage_from(to<std::vector<int64_t>>(stack[at++]));
   const auto& rules = all_rules();
   const auto rule = std::find_if(rules.begin(), rules.end(), [&](const RuleInfo& r) { return name == r.name; });
   STD_TORCH_CHECK(rule != rules.end(), "_table: there is no rule '", name, "'");
-  auto table = std::make_shared<Table>(static_cast<int>(rule - rules.begin()), *rule, handles(states), handles(steps),
-                                       std::move(groups));
+  auto table = std::make_shared<Table>(static_cast<int>(rule - rules.begin()), *rule, storage, std::move(kept));
   const std::lock_guard<std::mutex> lock(tables().lock);
   tables().by_id.emplace(tables().next, std::move(table));
   stack[0] = from(tables().next++);
@@ -132,18 +171,26 @@ std::shared_ptr<Table> find_table(int64_t id) {
   return found->second;
 }
 
-// _table_step(int table, Tensor(a!)[] params, Tensor[] grads, int[] rows, Tensor control, bool write, bool strict)
+Table::Mode mode_from(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Table::Mode::write), "_table_step: mode is ", number,
+                  ", expected 0, 1 or 2");
+  return static_cast<Table::Mode>(number);
+}
+
+// _table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor control, int mode, bool strict)
 //   -> int
+// mode: 0 looks whether the tensors fit, 1 also whether the gradients are finite, 2 steps.
 void step_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[1]), grads(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
   const Handle control(to<AtenTensorHandle>(stack[4]));
-  const bool write = to<bool>(stack[5]), strict = to<bool>(stack[6]);
+  const Table::Mode mode = mode_from(to<int64_t>(stack[5]));
+  const bool strict = to<bool>(stack[6]);
   const View block = control_view(control.get(), "_table_step");
-  stack[0] = from(find_table(to<int64_t>(stack[0]))->step(params, grads, rows, block, write, strict));
+  stack[0] = from(find_table(to<int64_t>(stack[0]))->step(params, grads, rows, block, mode, strict));
 }
 
-// _table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, bool write) -> int
+// _table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, int mode) -> int
 // pairs: the memory of n Pairs, as int64, that the caller has just filled in and whose tensors it keeps alive.
 void step_table_pairs(StableIValue* stack, uint64_t, uint64_t) {
   const Handle pairs(to<AtenTensorHandle>(stack[1])), control(to<AtenTensorHandle>(stack[4]));
@@ -154,7 +201,7 @@ void step_table_pairs(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel >= n * words,
                   "_table_step_pairs: pairs has ", memory.numel, " elements, too few for n = ", n);
   const auto table = find_table(to<int64_t>(stack[0]));
-  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, to<bool>(stack[5])));
+  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, mode_from(to<int64_t>(stack[5]))));
 }
 
 // _isa(str level) -> str: the level in use, after changing it to `level` if that is not empty.
@@ -174,12 +221,14 @@ void register_rules(torch::stable::detail::StableLibrary& m, std::integer_sequen
 
 STABLE_TORCH_LIBRARY(pytrain, m) {
   for (const auto& rule : pytrain::ops::all_rules()) m.def(pytrain::ops::schema(rule).c_str());
-  m.def("_table(str rule, Tensor[] states, Tensor[] steps, int[] groups) -> int");
+  m.def(
+      "_table(str rule, Tensor[] states, Tensor[] scales, Tensor[] kept, Tensor[] emas, Tensor[] scalars, "
+      "Tensor[] steps, int[] groups, int[] indices, int[] storage) -> int");
   m.def("_table_free(int table) -> ()");
   m.def(
-      "_table_step(int table, Tensor(a!)[] params, Tensor[] grads, int[] rows, Tensor control, bool write, bool strict)"
-      " -> int");
-  m.def("_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, bool write) -> int");
+      "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor control, int mode, "
+      "bool strict) -> int");
+  m.def("_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, int mode) -> int");
   m.def("_isa(str level) -> str");
 }
 

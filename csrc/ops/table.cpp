@@ -2,6 +2,7 @@
 #include "ops/table.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -21,14 +22,42 @@ constexpr int64_t grain_rows = 1024;
 constexpr uint8_t stage_grad = 1;   // the gradient lies differently in memory, or has another dtype
 constexpr uint8_t stage_param = 2;  // the parameter has gaps: it is updated in a copy without them
 
-int64_t bytes(Format format) {
-  return format == Format::fp64 ? 8 : format == Format::fp32 ? 4 : 2;
-}
-
 std::string shape(const View& v) {
   std::string text = "(";
   for (int64_t d = 0; d < v.dim; ++d) text += (d ? ", " : "") + std::to_string(v.sizes[d]);
   return text + ")";
+}
+
+// What a step needs of a tensor beside a parameter: its memory, if it has this format and lies as the parameter does.
+void* beside(AtenTensorHandle tensor, Format format, const View& param) {
+  const Flat flat = read_flat(tensor);
+  if (flat.format != format) return nullptr;
+  if (param.contiguous && flat.contiguous && param.numel == flat.numel) return flat.data;
+  const View other = view(tensor, true);
+  return other.usable && same_sizes(param, other) && same_strides(param, other) ? flat.data : nullptr;
+}
+
+// The memory of `numel` fp32 numbers in a row.
+float* floats(AtenTensorHandle tensor, int64_t numel) {
+  const Flat flat = read_flat(tensor);
+  return flat.format == Format::fp32 && flat.contiguous && flat.numel == numel ? static_cast<float*>(flat.data) : nullptr;
+}
+
+// Both kinds of 8-bit codes are kept as uint8.
+Format kept_as(Format format) { return format == Format::s8 ? Format::u8 : format; }
+
+Format kept_as(core::Keep keep, Format param) {
+  return keep == core::Keep::master ? Format::fp32 : keep == core::Keep::low_bits ? Format::i16 : param;
+}
+
+// Writes zeros through any strides; elements that share memory are written more than once.
+void fill_with_zeros(const View& v, int64_t dim, char* at) {
+  const int64_t size = core::bytes(v.format);
+  if (dim == v.dim) {
+    for (int64_t i = 0; i < size; ++i) at[i] = 0;
+    return;
+  }
+  for (int64_t i = 0; i < v.sizes[dim]; ++i) fill_with_zeros(v, dim + 1, at + i * v.strides[dim] * size);
 }
 
 }  // namespace
@@ -40,58 +69,107 @@ enum class Table::Misfit : int {
   overlap,
   grad_kind,
   grad_shape,
-  state_kind,
-  state_layout,
+  state,
+  scale,
+  kept,
+  ema,
+  scalar,
   step
 };
 
-Table::Table(int rule, const RuleInfo& info, std::vector<Handle> states, std::vector<Handle> steps,
-             std::vector<int64_t> groups)
-    : rule_(rule), info_(info), states_(std::move(states)), steps_(std::move(steps)), groups_(std::move(groups)) {
-  const size_t n = groups_.size();
-  STD_TORCH_CHECK(states_.size() == n * info_.n_states, info_.name, "_: expected ", n * info_.n_states, " states (",
-                  info_.n_states, " for each of ", n, " groups), got ", states_.size());
-  STD_TORCH_CHECK(steps_.size() == (info_.counts ? n : 0), info_.name, "_: expected ", info_.counts ? n : 0,
-                  " steps, got ", steps_.size());
+Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept kept)
+    : rule_(rule),
+      info_(info),
+      storage_(storage),
+      kept_(std::move(kept)),
+      needs_extras_(info.n_scalars > 0 || info.n_sums > 0 || storage.needs_extras(info.n_states)) {
+  const size_t n = kept_.groups.size();
+  const auto check = [&](const char* what, size_t found, int64_t each) {
+    STD_TORCH_CHECK(found == n * each, info_.name, "_: expected ", n * each, " ", what, " (", each, " for each of ", n,
+                    " groups), got ", found);
+  };
+  int64_t coded = 0;
+  for (int s = 0; s < info_.n_states; ++s) {
+    const Format format = storage_.states[s];
+    coded += kept_as(format) == Format::u8;
+    STD_TORCH_CHECK((storage_.param == Format::fp64) == (format == Format::fp64), info_.name,
+                    "_: float64 parameters and states go together");
+  }
+  const bool half = storage_.param == Format::bf16 || storage_.param == Format::fp16;
+  STD_TORCH_CHECK(half || (storage_.keep == core::Keep::nothing), info_.name,
+                  "_: only bfloat16 and float16 parameters have masters or a compensation");
+  STD_TORCH_CHECK(storage_.keep != core::Keep::low_bits || storage_.param == Format::bf16, info_.name,
+                  "_: only bfloat16 parameters are the upper half of a float32");
+  check("states", kept_.states.size(), info_.n_states);
+  check("scales", kept_.scales.size(), coded);
+  check("kept", kept_.kept.size(), storage_.keep != core::Keep::nothing);
+  check("emas", kept_.emas.size(), storage_.ema);
+  check("scalars", kept_.scalars.size(), info_.n_scalars);
+  STD_TORCH_CHECK(kept_.steps.size() == n || !(info_.counts || storage_.ema || storage_.stochastic), info_.name,
+                  "_: expected ", n, " steps, got ", kept_.steps.size());
+  check("steps", kept_.steps.size(), !kept_.steps.empty());
+  check("indices", kept_.indices.size(), !kept_.indices.empty());
   for (size_t row = 0; row < n; ++row) {
-    STD_TORCH_CHECK(groups_[row] >= 0, info_.name, "_: groups[", row, "] is ", groups_[row], ", expected >= 0");
+    STD_TORCH_CHECK(kept_.groups[row] >= 0, info_.name, "_: groups[", row, "] is ", kept_.groups[row], ", expected >= 0");
   }
 }
 
 void Table::check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const {
-  const int64_t all = static_cast<int64_t>(groups_.size());
+  const int64_t all = static_cast<int64_t>(kept_.groups.size());
   const int64_t expected = rows.empty() ? all : static_cast<int64_t>(rows.size());
   STD_TORCH_CHECK(n == expected, info_.name, "_: params has ", n, " tensors, expected ", expected);
   const int64_t control_rows = (control.numel - core::control_head) / core::control_row;
   for (int64_t k = 0; k < n; ++k) {
     const int64_t row = rows.empty() ? k : rows[k];
     STD_TORCH_CHECK(row >= 0 && row < all, info_.name, "_: rows[", k, "] is ", row, ", expected 0 to ", all - 1);
-    STD_TORCH_CHECK(groups_[row] < control_rows, info_.name, "_: groups[", row, "] is ", groups_[row], ", control has ",
+    STD_TORCH_CHECK(kept_.groups[row] < control_rows, info_.name, "_: groups[", row, "] is ", kept_.groups[row], ", control has ",
                     control_rows, " rows");
   }
 }
 
-Table::Misfit Table::fit_states(int64_t row, const View& param, Segment& segment) {
+Table::Misfit Table::fit_beside(int64_t k, int64_t row, const View& param) {
+  Segment& segment = segments_[k];
   for (int s = 0; s < info_.n_states; ++s) {
-    const AtenTensorHandle handle = states_[row * info_.n_states + s].get();
-    const Flat flat = read_flat(handle);
-    if (flat.format != param.format) return Misfit::state_kind;
-    if (!(param.contiguous && flat.contiguous && param.numel == flat.numel)) {
-      const View state = view(handle, true);
-      if (!state.usable) return Misfit::state_kind;
-      if (!same_sizes(param, state) || !same_strides(param, state)) return Misfit::state_layout;
-    }
-    segment.states[s] = flat.data;
+    const AtenTensorHandle state = kept_.states[row * info_.n_states + s].get();
+    segment.states[s] = beside(state, kept_as(storage_.states[s]), param);
+    if (!segment.states[s] && param.numel) return Misfit::state;
+  }
+  return needs_extras_ ? fit_extra(k, row, param) : Misfit::none;
+}
+
+Table::Misfit Table::fit_extra(int64_t k, int64_t row, const View& param) {
+  core::Extra& extra = extras_[k];
+  extra.index = kept_.indices.empty() ? row : kept_.indices[row];
+  if (storage_.keep != core::Keep::nothing) {
+    extra.kept = beside(kept_.kept[row].get(), kept_as(storage_.keep, param.format), param);
+    if (!extra.kept && param.numel) return Misfit::kept;
+  }
+  if (storage_.ema) {
+    extra.ema = beside(kept_.emas[row].get(), param.format == Format::fp64 ? Format::fp64 : Format::fp32, param);
+    if (!extra.ema && param.numel) return Misfit::ema;
+  }
+  const int64_t n_blocks = (param.numel + core::code_block - 1) / core::code_block;
+  size_t scale = row * (kept_.scales.size() / kept_.groups.size());
+  for (int s = 0; s < info_.n_states; ++s) {
+    if (kept_as(storage_.states[s]) != Format::u8) continue;
+    extra.scales[s] = floats(kept_.scales[scale++].get(), n_blocks);
+    if (!extra.scales[s] && n_blocks) return Misfit::scale;
+  }
+  for (int i = 0; i < info_.n_scalars; ++i) {
+    float* const scalar = floats(kept_.scalars[row * info_.n_scalars + i].get(), 1);
+    if (!scalar) return Misfit::scalar;
+    scalars_[k * info_.n_scalars + i] = scalar;
+    extra.scalars[i] = *scalar;
   }
   return Misfit::none;
 }
 
-Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair, Format format) {
+Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair) {
   const View &p = pair.param, &g = pair.grad;
   Segment& segment = segments_[k];
   staging_[k] = 0;
   if (!p.usable) return Misfit::param_kind;
-  if (p.format != format || format == Format::none) return Misfit::param_format;
+  if (p.format != storage_.param) return Misfit::param_format;
   if (!g.usable) return Misfit::grad_kind;
   if (!same_sizes(p, g)) return Misfit::grad_shape;
   if (!dense(p)) {
@@ -103,28 +181,29 @@ Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair, Format format
   segment.param = p.data;
   segment.grad = g.data;
   segment.numel = p.numel;
-  segment.group = groups_[row];
-  if (info_.counts) {
-    const Flat step = read_flat(steps_[row].get());
-    if (step.format != Format::fp32 || step.numel != 1) return Misfit::step;
-    counts_[k] = static_cast<float*>(step.data);
-    segment.step = static_cast<double>(*counts_[k]) + 1.0;
+  segment.group = kept_.groups[row];
+  if (!kept_.steps.empty()) {
+    float* const count = floats(kept_.steps[row].get(), 1);
+    if (!count) return Misfit::step;
+    counts_[k] = count;
+    segment.step = static_cast<double>(*count) + 1.0;
   }
-  if (staging_[k] & stage_param) return Misfit::none;  // its states are checked against the copy
-  return fit_states(row, p, segment);
+  if (staging_[k] & stage_param) return Misfit::none;  // what is beside it is checked against the copy
+  return fit_beside(k, row, p);
 }
 
 Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows) {
   segments_.resize(n);
   offsets_.resize(n);
-  counts_.resize(n);
   staging_.resize(n);
-  format_ = n ? pairs[0].param.format : Format::none;
+  if (!kept_.steps.empty()) counts_.resize(n);
+  if (needs_extras_) extras_.resize(n);
+  scalars_.resize(n * info_.n_scalars);
   Found first{Misfit::none, n};
   std::mutex one_at_a_time;
   torch::stable::parallel_for(0, n, grain_rows, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const Misfit misfit = fit(k, rows.empty() ? k : rows[k], pairs[k], format_);
+      const Misfit misfit = fit(k, rows.empty() ? k : rows[k], pairs[k]);
       if (misfit == Misfit::none) continue;
       const std::lock_guard<std::mutex> lock(one_at_a_time);
       if (k < first.k) first = {misfit, k};
@@ -133,11 +212,11 @@ Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int6
   });
   if (first.misfit != Misfit::none) return first;
   bool moved = false;
-  extents_.resize(groups_.size());
+  extents_.resize(kept_.groups.size());
   for (int64_t k = 0; k < n; ++k) {
     if (staging_[k] & stage_param) continue;  // updated in a copy
     const auto* const begin = static_cast<const char*>(segments_[k].param);
-    const std::pair<const char*, const char*> extent{begin, begin + segments_[k].numel * bytes(format_)};
+    const std::pair<const char*, const char*> extent{begin, begin + segments_[k].numel * core::bytes(storage_.param)};
     auto& remembered = extents_[rows.empty() ? k : rows[k]];
     moved |= remembered != extent;
     remembered = extent;
@@ -164,18 +243,23 @@ std::string Table::explain(Found found, const Pair& pair) const {
     case Misfit::param_kind:
       return "params" + at + " is not a strided tensor on the CPU";
     case Misfit::param_format:
-      return "params" + at +
-             " has a dtype unlike params[0]'s, or one that is not float32, float64, bfloat16 or float16";
+      return "params" + at + " has a dtype unlike the others', or one that is not float32, float64, bfloat16 or float16";
     case Misfit::overlap:
       return "params" + at + " has elements that share memory (for instance from expand()); pass a contiguous tensor";
     case Misfit::grad_kind:
       return "grads" + at + " is not a strided tensor on the CPU";
     case Misfit::grad_shape:
       return "grads" + at + " has shape " + shape(pair.grad) + ", params" + at + " has " + shape(pair.param);
-    case Misfit::state_kind:
-      return "a state of params" + at + " is not a strided tensor on the CPU with its dtype";
-    case Misfit::state_layout:
-      return "a state of params" + at + " has a shape or strides unlike its";
+    case Misfit::state:
+      return "a state of params" + at + " has a shape, strides or a dtype unlike its, or is not on the CPU";
+    case Misfit::scale:
+      return "the scales of a state of params" + at + " are not one float32 for 256 elements on the CPU";
+    case Misfit::kept:
+      return "the master or compensation of params" + at + " has a shape, strides or a dtype that does not fit it";
+    case Misfit::ema:
+      return "the average of params" + at + " has a shape, strides or a dtype that does not fit it";
+    case Misfit::scalar:
+      return "a scalar of params" + at + " is not one float32 on the CPU";
     case Misfit::step:
       return "step" + at + " is not one float32 on the CPU";
     case Misfit::none:
@@ -184,28 +268,76 @@ std::string Table::explain(Found found, const Pair& pair) const {
   return "all tensors fit";
 }
 
-int64_t Table::run(const View& control) {
+void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total) {
+  const auto range = [&](int64_t begin, int64_t end) { kernels.measure(job, begin, end); };
+  if (shared_) {
+    range(0, total);
+  } else {
+    torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements, range);
+  }
+  for (int64_t k = 0; k < job.n_segments; ++k) {
+    const double* const partials = partials_.data() + partial_offsets_[k];
+    const int64_t n_blocks = (segments_[k].numel + cpu::block - 1) / cpu::block;
+    for (int i = 0; i < info_.n_sums; ++i) {
+      double sum = 0.0;
+      for (int64_t b = 0; b < n_blocks; ++b) sum += partials[b * info_.n_sums + i];
+      extras_[k].sums[i] = sum;
+    }
+  }
+}
+
+int64_t Table::run(const View& control, Mode mode) {
   const auto* const block = static_cast<const core::Control*>(control.data);
   if (block->found_inf != 0.0) return skipped;
   const int64_t n = static_cast<int64_t>(segments_.size());
-  int64_t total = 0;
+  int64_t total = 0, n_partials = 0;
+  partial_offsets_.resize(info_.n_sums ? n : 0);
   for (int64_t k = 0; k < n; ++k) {
-    if (info_.counts) *counts_[k] = static_cast<float>(segments_[k].step);
     offsets_[k] = total;
     total += segments_[k].numel;
+    if (!info_.n_sums) continue;
+    partial_offsets_[k] = n_partials;
+    n_partials += (segments_[k].numel + cpu::block - 1) / cpu::block * info_.n_sums;
   }
-  const auto kernel = cpu::current_kernels().step[rule_][static_cast<int>(format_)];
+  partials_.resize(n_partials);
+  const cpu::Kernels& kernels = cpu::current_kernels();
+  const cpu::RuleFunctions& rule = kernels.rules[rule_];
+  const cpu::Job job{&rule,
+                     storage_,
+                     segments_.data(),
+                     needs_extras_ ? extras_.data() : nullptr,
+                     offsets_.data(),
+                     n,
+                     block,
+                     partial_offsets_.data(),
+                     partials_.data()};
+  const int64_t grain = total > grain_elements ? 1 : grain_elements;
+  if (mode == Mode::finite) {
+    std::atomic<bool> good{true};
+    torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+      if (!kernels.finite(job, begin, end)) good = false;
+    });
+    return good ? applied : skipped;
+  }
+  if (info_.n_sums) take_sums(kernels, job, total);
   if (shared_) {  // parameters in the same memory are stepped one after the other
-    kernel(segments_.data(), offsets_.data(), n, block, 0, total);
-    return applied;
+    kernels.step(job, 0, total);
+  } else {
+    torch::stable::parallel_for(0, total, grain,
+                                [&](int64_t begin, int64_t end) { kernels.step(job, begin, end); });
   }
-  torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements, [&](int64_t begin, int64_t end) {
-    kernel(segments_.data(), offsets_.data(), n, block, begin, end);
-  });
+  for (int64_t k = 0; k < n && !kept_.steps.empty(); ++k) *counts_[k] = static_cast<float>(segments_[k].step);
+  for (int64_t k = 0; k < n && rule.advance; ++k) {
+    core::Extra& extra = extras_[k];
+    rule.advance(block->rows()[segments_[k].group], segments_[k].step, extra.scalars, extra.sums);
+    for (int i = 0; i < info_.n_scalars; ++i) {
+      *scalars_[k * info_.n_scalars + i] = static_cast<float>(extra.scalars[i]);
+    }
+  }
   return applied;
 }
 
-int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, bool write) {
+int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, Mode mode) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
   check_call(n, rows, control);
@@ -214,18 +346,18 @@ int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& ro
   for (int64_t k = 0; k < n; ++k) {
     if (staging_[k]) return k;
   }
-  return write ? run(control) : applied;
+  return mode == Mode::fit ? applied : run(control, mode);
 }
 
 int64_t Table::step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
-                    const View& control, bool write, bool strict) {
+                    const View& control, Mode mode, bool strict) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
   const int64_t n = params.size();
   STD_TORCH_CHECK(grads.size() == n, info_.name, "_: grads has ", grads.size(), " tensors, params has ", n);
   check_call(n, rows, control);
   std::vector<Pair> pairs(n);
-  for (int64_t k = 0; k < n; ++k) pairs[k] = {view(params[k], true), view(grads[k], false)};
+  for (int64_t k = 0; k < n; ++k) pairs[k] = {view(params[k], true), view(grads[k], storage_.zero_grad)};
   Found found = fit_all(pairs.data(), n, rows);
 
   // Copies of the few tensors that lie in memory in a way the loop does not walk.
@@ -236,13 +368,13 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
     const Tensor p = share(params[k]).take(), g = share(grads[k]).take();
     Tensor grad_copy = torch::stable::empty_like(p);
     torch::stable::copy_(grad_copy, g);
-    segments_[k].grad = grad_copy.const_data_ptr();
+    segments_[k].grad = grad_copy.mutable_data_ptr();
     grad_copies.push_back(grad_copy);
     if (staging_[k] & stage_param) {
       Tensor copy = torch::stable::empty_like(p);
       torch::stable::copy_(copy, p);
       segments_[k].param = copy.mutable_data_ptr();
-      found = {fit_states(rows.empty() ? k : rows[k], view(copy.get(), true), segments_[k]), k};
+      found = {fit_beside(k, rows.empty() ? k : rows[k], view(copy.get(), true)), k};
       write_back.emplace_back(p, copy);
     }
   }
@@ -250,9 +382,11 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
     STD_TORCH_CHECK(!strict, info_.name, "_: ", explain(found, pairs[found.k]));
     return found.k;
   }
-  const int64_t result = write ? run(control) : applied;
-  if (write && result == applied) {
-    for (auto& [param, copy] : write_back) torch::stable::copy_(param, copy);
+  const int64_t result = mode == Mode::fit ? applied : run(control, mode);
+  if (mode != Mode::write || result != applied) return result;
+  for (auto& [param, copy] : write_back) torch::stable::copy_(param, copy);
+  for (int64_t k = 0; storage_.zero_grad && k < n; ++k) {
+    if (staging_[k]) fill_with_zeros(pairs[k].grad, 0, static_cast<char*>(pairs[k].grad.data));
   }
   return result;
 }

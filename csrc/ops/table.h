@@ -8,6 +8,7 @@
 
 #include "core/control.h"
 #include "core/segment.h"
+#include "cpu/table.h"
 #include "ops/tensor.h"
 
 namespace pytrain::ops {
@@ -19,26 +20,36 @@ struct RuleInfo {
   const char* name;
   const char* const* states;
   int n_states;
+  const char* const* scalars;
+  int n_scalars;
+  int n_sums;
   bool counts;
+};
+
+// The tensors that a table keeps: for each row n_states states, one scale a state in 8-bit codes, what the storage
+// keeps beside the parameter, its average, n_scalars scalars, and a step count where the rule or the storage needs one.
+struct Kept {
+  std::vector<Handle> states, scales, kept, emas, scalars, steps;
+  std::vector<int64_t> groups;
+  std::vector<int64_t> indices;  // which parameter each row is to the random numbers; may be empty
 };
 
 class Table {
  public:
   static constexpr int64_t applied = -1;
   static constexpr int64_t skipped = -2;
+  enum class Mode : int { fit, finite, write };  // check the tensors; and that gradients are finite; and step
 
-  // states: n_states handles a row, row by row. steps: one a row where the rule counts, else none.
-  Table(int rule, const RuleInfo& info, std::vector<Handle> states, std::vector<Handle> steps,
-        std::vector<int64_t> groups);
+  Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept kept);
 
   // One step over rows[k] for each k (all rows in their order if `rows` is empty).
   // Nothing that a former step saw of a tensor is trusted: addresses, sizes and strides are read anew.
   // Returns `applied`, `skipped`, or the first k whose tensors do not fit the table; then nothing was written.
-  // With `strict` a misfit is an error with the reason; without `write` it is looked for and nothing else is done.
+  // With `strict` a misfit is an error with the reason.
   int64_t step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
-               const View& control, bool write, bool strict);
+               const View& control, Mode mode, bool strict);
   // The same from facts that the caller has read. Tensors that must be copied first count as a misfit here.
-  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, bool write);
+  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, Mode mode);
 
  private:
   enum class Misfit : int;
@@ -48,23 +59,28 @@ class Table {
   };
   void check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const;
   Found fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows);
-  Misfit fit(int64_t k, int64_t row, const Pair& pair, Format format);
-  Misfit fit_states(int64_t row, const View& param, core::Segment& segment);
+  Misfit fit(int64_t k, int64_t row, const Pair& pair);
+  Misfit fit_beside(int64_t k, int64_t row, const View& param);
+  Misfit fit_extra(int64_t k, int64_t row, const View& param);
   std::string explain(Found found, const Pair& pair) const;
   bool find_shared_memory();
-  int64_t run(const View& control);
+  int64_t run(const View& control, Mode mode);
+  void take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total);
 
   const int rule_;
   const RuleInfo info_;
-  const std::vector<Handle> states_, steps_;
-  const std::vector<int64_t> groups_;
+  const core::Storage storage_;
+  const Kept kept_;
+  const bool needs_extras_;
   std::mutex busy_;
   // Scratch of one step, kept so that a step allocates nothing. A segment's grad and param may be staged copies.
   std::vector<core::Segment> segments_;
-  std::vector<int64_t> offsets_;
+  std::vector<core::Extra> extras_;
+  std::vector<int64_t> offsets_, partial_offsets_;
+  std::vector<double> partials_;
   std::vector<float*> counts_;
+  std::vector<float*> scalars_;
   std::vector<uint8_t> staging_;
-  Format format_ = Format::none;
   // Where the parameters lay when they were last compared with each other, and whether some share memory.
   std::vector<std::pair<const char*, const char*>> extents_;
   bool shared_ = false;

@@ -5,10 +5,15 @@ namespace pytrain::ops {
 namespace {
 
 Format format_of(int32_t dtype) {
-  static const int32_t dtypes[core::format_count] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
-                                                     aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
-  for (int f = 0; f < core::format_count; ++f) {
-    if (dtype == dtypes[f]) return static_cast<Format>(f);
+  struct Entry {
+    int32_t dtype;
+    Format format;
+  };
+  static const Entry entries[] = {{aoti_torch_dtype_float32(), Format::fp32},  {aoti_torch_dtype_float64(), Format::fp64},
+                                  {aoti_torch_dtype_bfloat16(), Format::bf16}, {aoti_torch_dtype_float16(), Format::fp16},
+                                  {aoti_torch_dtype_uint8(), Format::u8},      {aoti_torch_dtype_int16(), Format::i16}};
+  for (const Entry& entry : entries) {
+    if (dtype == entry.dtype) return entry.format;
   }
   return Format::none;
 }

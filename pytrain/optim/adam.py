@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range, scalar
+from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range, scalars
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,7 +90,7 @@ class Adam(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": (scalar("betas[0]", betas[0]), scalar("betas[1]", betas[1])),
+            "betas": scalars("betas", betas, 2),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
@@ -14,7 +14,9 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pytrain import backend
-from pytrain.optim.plan import Settled, settle
+from pytrain.optim.plan import SKIPPED, Settled, settle
+from pytrain.optim.states import plain
+from pytrain.optim.storage import Storage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,6 +79,8 @@ class FusedOptimizer(Optimizer):
         self._loading: dict[str, Any] | None = None
         self._warned: set[str] = set()
         self._skipped = False
+        self.storage = Storage.of(options)
+        self.counts_steps = self.steps_in_state or self.storage.needs_steps
         self._step_supports_amp_scaling = options.get("amp_scaling", True)
         self.check_group(defaults)
         self._check_implementation(defaults)
@@ -109,7 +113,7 @@ class FusedOptimizer(Optimizer):
     @property
     def choices(self) -> list[backend.Choice]:
         """The backend and the reason, a param group: that of its first parameter on the torch path, if there is one."""
-        found = {} if self._settled is None else {id(s.param): s.reason for s in self._settled.slow}
+        found = {} if self._settled is None else {id(s.entry.param): s.reason for s in self._settled.slow}
         chosen = []
         for group in self.param_groups:
             each = [backend.select(p, fused=group.get("fused")) for p in group["params"]]
@@ -151,40 +155,35 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf != 0)
-        if self._skipped:
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        self._apply(1.0 / scale if scale else math.inf)
+        self._apply()
         return loss
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
     @_disable_dynamo  # torch.compile breaks its graph here, and compiles nothing of what is called from here
-    def _apply(self, inv_scale: float) -> None:
+    def _apply(self) -> None:
         """Run the plans; make them anew where what they were made of has changed."""
-        settled = self._settled
-        if settled is not None and settled.is_current(self) and settled.run(self, inv_scale):
-            return
-        self._settled = None
-        settled = settle(self)
-        try:
-            settled.run(self, inv_scale, last_try=True)
-        except BaseException:
-            settled.forget(self)
-            raise
-        self._settled = settled
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        self._skipped = found_inf is not None and bool(found_inf != 0)
+        if not self._skipped:
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+            self._skipped = self._run(1.0 / scale if scale else math.inf) == SKIPPED
+        if self._skipped and self.storage.zero_grad:  # a kept inf would poison every later step
+            self.zero_grad(set_to_none=False)
 
-    def init_state(self, param: Tensor, rule: Rule) -> None:
-        """Give a parameter the state that the rule needs and it does not have yet."""
-        state = self.state[param]
-        if self.steps_in_state and state.get("step") is None:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for name in rule.states:
-            if state.get(name) is None:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    def _run(self, inv_scale: float) -> int:
+        settled = self._settled
+        code = settled.run(self, inv_scale) if settled is not None and settled.is_current(self) else 0
+        if code >= 0:
+            self._settled = None
+            settled = settle(self)
+            try:
+                code = settled.run(self, inv_scale, last_try=True)
+            except BaseException:
+                settled.forget(self)
+                raise
+            self._settled = settled
+        return code
 
     def warn_once(self, text: str) -> None:
         """Say why parameters take the torch path; each reason once an optimizer."""
@@ -222,6 +221,8 @@ class FusedOptimizer(Optimizer):
             hook.remove()
             self._loading = None
         for group, kept in zip(self.param_groups, before, strict=True):
+            for key in self.implementation_keys:
+                group.pop(key, None)
             group.update(kept)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,7 +237,23 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_step_supports_amp_scaling": self._step_supports_amp_scaling}
+        kept = {"storage": self.storage, "counts_steps": self.counts_steps}
+        return {**state, **kept, "_step_supports_amp_scaling": self._step_supports_amp_scaling}
+
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """The state and param groups, as torch.optim.Optimizer gives them.
+
+        Args:
+            portable: give states as torch.optim keeps them, in fp32, without what our storage formats add.
+        """
+        saved = super().state_dict()
+        if portable:
+            numbers = iter(number for group in saved["param_groups"] for number in group["params"])
+            for group in self.param_groups:
+                for param, number in zip(group["params"], numbers, strict=False):
+                    if number in saved["state"]:
+                        saved["state"][number] = plain(self, param, self.rule(group))
+        return saved
 
     def _check_implementation(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -270,11 +287,23 @@ def decayed(p: Tensor, w: float) -> Tensor:
     return torch.where(p.isinf(), 0.0, w * p)
 
 
+def sign(x: Tensor) -> Tensor:
+    """-1, 0 or 1; nan for nan, which torch.sign hides."""
+    return torch.where(x.isnan(), x, torch.sign(x))
+
+
 def scalar(name: str, value: float | Tensor) -> float:
     """A hyperparameter given as a number or a tensor of one element, as a number."""
     if torch.is_tensor(value) and value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got a tensor of shape {tuple(value.shape)}")
     return float(value)
+
+
+def scalars(name: str, values: Sequence[float | Tensor], count: int) -> tuple[float, ...]:
+    """Hyperparameters given together, as numbers."""
+    if len(values) != count:
+        raise ValueError(f"{name}: expected {count} values, got {len(values)}")
+    return tuple(scalar(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
 def check_range(name: str, value: float | Tensor, low: float, below: float | None = None) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range, decayed, scalar
+from pytrain.optim.base import FusedOptimizer, Options, Rule, check_range, decayed, scalars, sign
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -18,7 +17,7 @@ def lion(
     p: Tensor, g: Tensor, m: Tensor, *, t: float, lr: float, beta1: float, beta2: float, weight_decay: float
 ) -> Tensor:
     """Update the momentum m in place and return u of p <- p - u, by torch alone."""
-    u = lr * torch.sign(beta1 * m + (1 - beta1) * g) + decayed(p, lr * weight_decay)
+    u = lr * sign(beta1 * m + (1 - beta1) * g) + decayed(p, lr * weight_decay)
     m.lerp_(g, 1 - beta2)
     return u
 
@@ -72,7 +71,7 @@ class Lion(FusedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": (scalar("betas[0]", betas[0]), scalar("betas[1]", betas[1])),
+            "betas": scalars("betas", betas, 2),
             "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,

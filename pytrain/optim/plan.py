@@ -6,7 +6,6 @@ the remembered ones, and every tensor's address, sizes and strides are read anew
 
 from __future__ import annotations
 
-import math
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,42 +14,68 @@ import torch
 from torch import Tensor
 
 from pytrain import backend
+from pytrain.optim import slow
+from pytrain.optim.states import (
+    Entry,
+    Formats,
+    UnfitError,
+    check_states,
+    conform,
+    formats_of,
+    lay_out,
+    make_all,
+    needed,
+)
+from pytrain.optim.storage import CODES, FORMAT_OF, FORMATS, KEEPS, SCALE
 
 if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer, Rule
 
 CONTROL_HEAD, CONTROL_ROW, CONTROL_HYPERS = 2, 16, 2  # csrc/core/control.h
-SMALL, BLOCK_BYTES = 16384, 2**20  # states of up to so many elements share blocks of up to so many bytes
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
-class UnfitError(ValueError):
-    """A parameter, gradient or state that cannot be stepped; nothing was written."""
+MAX_STATES = 4  # csrc/core/segment.h
+FIT, FINITE, WRITE = 0, 1, 2  # what a call of the kernels is to do: Table::Mode in csrc/ops/table.h
+APPLIED, SKIPPED = -1, -2  # what it says; a number from 0 on is the first parameter that does not fit
 
 
 @dataclass
 class Plan:
-    """The parameters of one rule and dtype, and the number of their table in the kernel library."""
+    """The parameters of one rule, dtype and storage format, and the number of their table in the kernel library."""
 
     rule: Rule
+    formats: Formats
+    entries: list[Entry] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)  # counts of a rule whose state has none
     params: list[Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
-    states: list[list[Tensor]] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
     bases: list[Tensor] = field(default_factory=list)  # what shares its autograd version with the states
     touched: list[Tensor] = field(default_factory=list)  # params and bases
     pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
     address: int = 0  # of that memory
     table: int = 0
 
-    def finish(self) -> None:
+    def finish(self, optimizer: FusedOptimizer) -> None:
         """Hand the states over to the kernel library."""
-        flat = [state for row in self.states for state in row]
-        bases = [state if state._base is None else state._base for state in (*flat, *self.steps)]
-        self.bases = list({id(base): base for base in bases}.values())
+        rule, formats, storage = self.rule, self.formats, optimizer.storage
+        held = [optimizer.state.get(entry.param, {}) for entry in self.entries]
+        kinds = list(zip(rule.states, formats.states, strict=True))
+        states = [state[name] for state in held for name in rule.states]
+        scales = [state[name + SCALE] for state in held for name, kind in kinds if kind in CODES]
+        kept = [state[formats.keep] for state in held] if formats.keep else []
+        emas = [state["ema"] for state in held] if formats.ema else []
+        scalars = [state[name] for state in held for name in rule.scalars]
+        if optimizer.counts_steps:
+            self.steps = [state["step"] for state in held]
+        everything = (*states, *scales, *kept, *emas, *scalars, *self.steps)
+        self.params = [entry.param for entry in self.entries]
+        self.bases = list({id(base): base for base in (s if s._base is None else s._base for s in everything)}.values())
         self.touched = self.params + self.bases
-        self.table = torch.ops.pytrain._table(self.rule.name, flat, self.steps, self.groups)
+        words = [FORMATS.index(FORMAT_OF[self.params[0].dtype])]
+        words += [FORMATS.index(kind) for kind in formats.states] + [words[0]] * (MAX_STATES - len(formats.states))
+        words += [KEEPS.index(formats.keep), formats.ema, storage.zero_grad, storage.stochastic, storage.seed]
+        groups = [entry.group for entry in self.entries]
+        numbers = [entry.number for entry in self.entries]
+        self.table = torch.ops.pytrain._table(
+            rule.name, states, scales, kept, emas, scalars, self.steps, groups, numbers, words
+        )
         if backend.facts and backend.reader:
             self.pairs = torch.empty(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
             self.address = self.pairs.data_ptr()
@@ -58,12 +83,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Slow:
-    """A parameter on the torch path."""
+    """A parameter on the torch path, and why."""
 
-    param: Tensor
-    group: int
-    rule: Rule
-    where: str
+    entry: Entry
     reason: str
 
 
@@ -83,9 +105,10 @@ class Settled:
     ) -> None:
         self.plans, self.slow, self.waiting, self.fresh = plans, slow, waiting, fresh
         for plan in plans:
-            plan.finish()
+            plan.finish(optimizer)
         if plans:
             weakref.finalize(self, _free, [plan.table for plan in plans]).atexit = False
+        self.coded = any(plan.formats.coded for plan in plans) or any(one.entry.formats.coded for one in slow)
         groups = optimizer.param_groups
         self.rules = [optimizer.rule(group) for group in groups]
         self.fused = [group.get("fused") for group in groups]
@@ -93,6 +116,7 @@ class Settled:
         self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
         self.block = self.control.numpy()
         self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
+        self.rows[:, 1] = 1.0 - (optimizer.storage.ema_decay or 0.0)
         self.read_hypers(optimizer)
         self.watch = backend.facts.Watch(groups, optimizer.state) if backend.facts else None
 
@@ -120,15 +144,16 @@ class Settled:
                 self.rows[i, CONTROL_HYPERS : CONTROL_HYPERS + len(hyper) - 1] = hyper[1:]
         return True
 
-    def run(self, optimizer: FusedOptimizer, inv_scale: float, *, last_try: bool = False) -> bool:
-        """Step everything; False, with nothing written, where a tensor does not fit what was settled.
+    def run(self, optimizer: FusedOptimizer, inv_scale: float, *, last_try: bool = False) -> int:
+        """Step everything: APPLIED; SKIPPED where an inf or nan would enter 8-bit state; or, where a tensor does not
+        fit what was settled, a number from 0 on. In the last two cases nothing was written.
 
         Raises:
-            UnfitError: the same on the last try, with the parameter's place and the reason.
+            UnfitError: a tensor does not fit on the last try; with the parameter's place and the reason.
         """
         facts = backend.facts
         if facts is not None and self.waiting and facts.collect(self.waiting, "grad")[0]:
-            return False
+            return 0
         work: list[Work] = []
         for plan in self.plans:
             assert facts is not None
@@ -138,82 +163,51 @@ class Settled:
                 grads, rows = backend.reader.gather(plan.params, plan.address)
             if grads:
                 work.append((plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows))
-        for slow in self.slow:
-            _check_slow(optimizer, slow)
-        if len(work) + bool(self.slow) > 1 and not all(self.call(w, last_try, write=False) for w in work):
-            return False
+        for other in self.slow:
+            slow.check(optimizer, other.entry)
         self.block[0] = inv_scale
+        if self.coded or len(work) + bool(self.slow) > 1:
+            found = [self.call(one, last_try, FINITE if self.coded else FIT) for one in work]
+            if any(code >= 0 for code in found):
+                return 0
+            if self.coded and (SKIPPED in found or not all(slow.is_finite(other.entry) for other in self.slow)):
+                return SKIPPED
         for one in work:
-            if not self.call(one, last_try, write=True):
-                return False
-        for slow in self.slow:
-            self.run_slow(optimizer, slow, inv_scale)
-        return True
+            if self.call(one, last_try, WRITE) >= 0:
+                return 0
+        for other in self.slow:
+            slow.step(optimizer, other.entry, self.hypers[other.entry.group], inv_scale)
+        return APPLIED
 
-    def call(self, work: Work, last_try: bool, *, write: bool) -> bool:
-        """Check (and, with `write`, step) one plan by the kernels."""
+    def call(self, work: Work, last_try: bool, mode: int) -> int:
+        """Call the kernels over one plan."""
         plan, params, grads, rows = work
-        unfit = 0
+        code = 0
         if plan.pairs is not None:
             op = torch.ops.pytrain._table_step_pairs.default
-            unfit = op(plan.table, plan.pairs, len(grads), rows, self.control, write)
-            if unfit >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
+            code = op(plan.table, plan.pairs, len(grads), rows, self.control, mode)
+            if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
-            unfit = self.call_with_lists(work, last_try, write)
-        if unfit >= 0:
-            return False
-        if write:
+            code = self.call_with_lists(work, last_try, mode)
+        if code == APPLIED and mode == WRITE:
             torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)
-        return True
+        return code
 
     @torch.no_grad()
-    def call_with_lists(self, work: Work, last_try: bool, write: bool) -> int:
+    def call_with_lists(self, work: Work, last_try: bool, mode: int) -> int:
         """The same by lists of tensors: slower, but it copies what lies unlike its parameter, and explains a misfit."""
         plan, params, grads, rows = work
         op = torch.ops.pytrain._table_step.default
-        unfit: int = op(plan.table, params, grads, rows, self.control, write, False)
-        if unfit >= 0 and last_try:
-            where = plan.where[rows[unfit] if rows else unfit]
+        code: int = op(plan.table, params, grads, rows, self.control, mode, False)
+        if code >= 0 and last_try:
+            where = plan.entries[rows[code] if rows else code].where
             try:
-                op(plan.table, params, grads, rows, self.control, write, True)
+                op(plan.table, params, grads, rows, self.control, mode, True)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
                 raise UnfitError(f"{where}: {reason}") from None
-        return unfit
-
-    @torch.no_grad()
-    def run_slow(self, optimizer: FusedOptimizer, slow: Slow, inv_scale: float) -> None:
-        """Step one parameter by the rule's reference: low precision in fp32, complex numbers as pairs of reals."""
-        param, rule, grad = slow.param, slow.rule, slow.param.grad
-        if grad is None:
-            return
-        sign, *values = self.hypers[slow.group]
-        hypers = dict(zip(rule.hypers, values, strict=True))
-        if grad.layout != torch.strided:
-            if not rule.states and not hypers["weight_decay"]:
-                param.add_(grad, alpha=-sign * inv_scale * hypers["lr"])
-                return
-            grad = grad.to_dense()
-        state = optimizer.state.get(param, {})
-        first = any(state.get(name) is None for name in rule.states)
-        if first or optimizer.steps_in_state:
-            optimizer.init_state(param, rule)
-            state = optimizer.state[param]
-        t = 1.0 if first else 2.0
-        if optimizer.steps_in_state:
-            state["step"] += 1
-            t = float(state["step"])
-        wide = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
-        stored = [param, *(state[name] for name in rule.states)]
-        reals = [torch.view_as_real(s) if s.is_complex() else s for s in stored]
-        copies = [r if s.is_complex() else r.to(wide) for r, s in zip(reals, stored, strict=True)]
-        g = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad.to(wide)
-        u = rule.reference(copies[0], g * (sign * inv_scale), *copies[1:], t=t, **hypers)
-        for real, copy in zip(reals[1:], copies[1:], strict=True):
-            if copy is not real:
-                real.copy_(copy)
-        reals[0].copy_(copies[0] - u)
+        return code
 
 
 @torch.no_grad()
@@ -224,85 +218,54 @@ def settle(optimizer: FusedOptimizer) -> Settled:
         BackendError: the kernels were demanded and cannot take a parameter.
         UnfitError: a state has a shape or a device unlike its parameter's.
     """
-    plans: dict[tuple[str, torch.dtype], Plan] = {}
-    slow: list[Slow] = []
+    plans: dict[tuple[str, torch.dtype, Formats], Plan] = {}
+    slow_ones: list[Slow] = []
     waiting: list[Tensor] = []
-    wanted: list[tuple[Tensor, Rule]] = []
     fresh: list[Tensor] = []
     listed: set[int] = set()
-    seen: set[int] = set()
+    number = -1
     for index, group in enumerate(optimizer.param_groups):
         rule = optimizer.rule(group)
         for i, param in enumerate(group["params"]):
+            number += 1
             if id(param) in listed:  # torch warned of it; a parameter is stepped once
                 continue
             listed.add(id(param))
             where = f"{type(optimizer).__name__}: param_groups[{index}]['params'][{i}]"
+            optimizer.storage.check_param(param, where)
             state = optimizer.state.get(param, {})
-            needed = (*rule.states, "step") if optimizer.steps_in_state else rule.states
-            complete = all(state.get(name) is not None for name in needed)
+            formats = formats_of(optimizer, rule, param)
+            entry = Entry(param, index, group, number, where, rule, formats)
+            keys = needed(optimizer, rule, formats)
+            complete = all(state.get(name) is not None for name in keys)
             if param.grad is None and not (complete and param.requires_grad):
                 waiting.append(param)
                 continue
-            _check_states(state, param, rule, where)
-            reason = _why_slow(param, state, rule, group)
+            check_states(state, param, rule, where)
+            reason = _why_slow(param, group)
             if reason:
                 optimizer.warn_once(reason)
             if reason is not None:
-                _check_disjoint(param, where)
-                slow.append(Slow(param, index, rule, where, reason or backend.select(param, fused=False).reason))
+                slow.check_disjoint(param, where)
+                slow_ones.append(Slow(entry, reason or backend.select(param, fused=False).reason))
                 continue
-            if needed and not complete:
-                wanted.append((param, rule))
             if not state:
                 fresh.append(param)
-            plan = plans.setdefault((rule.name, param.dtype), Plan(rule))
-            plan.params.append(param)
-            plan.groups.append(index)
-            plan.where.append(where)
-            if rule.counts and not optimizer.steps_in_state:  # only the first step differs, and it finds no state
+            plan = plans.setdefault((rule.name, param.dtype, formats), Plan(rule, formats))
+            plan.entries.append(entry)
+            if rule.counts and not optimizer.counts_steps:  # only the first step differs, and it finds no state
                 plan.steps.append(torch.tensor(1.0 if complete else 0.0, dtype=torch.float32, device="cpu"))
-    _make_states(optimizer, wanted)
-    for plan in plans.values():
-        for param in plan.params:
-            state = optimizer.state.get(param, {})
-            plan.states.append(_fit_states(state, param, plan.rule, seen))
-            if plan.rule.counts and optimizer.steps_in_state:
-                plan.steps.append(_fit_step(state, seen))
-    return Settled(optimizer, list(plans.values()), slow, waiting, fresh)
+    entries = [entry for plan in plans.values() for entry in plan.entries]
+    for entry in entries:
+        conform(optimizer, entry)
+    make_all(optimizer, entries)
+    seen: set[int] = set()
+    for entry in entries:
+        lay_out(optimizer, entry, seen)
+    return Settled(optimizer, list(plans.values()), slow_ones, waiting, fresh)
 
 
-def _make_states(optimizer: FusedOptimizer, wanted: list[tuple[Tensor, Rule]]) -> None:
-    """Give parameters the state that they lack; small ones from common blocks, which are quick to make and to walk."""
-    small: dict[torch.dtype, list[tuple[Tensor, str]]] = {}
-    for param, rule in wanted:
-        if param.numel() > SMALL or not param.is_contiguous():
-            optimizer.init_state(param, rule)
-            continue
-        state = optimizer.state[param]
-        for name in rule.states:
-            if state.get(name) is None:
-                small.setdefault(param.dtype, []).append((param, name))
-        if optimizer.steps_in_state and state.get("step") is None:
-            small.setdefault(torch.float32, []).append((param, "step"))
-    for dtype, needs in small.items():
-        per_line = 64 // dtype.itemsize  # each tensor starts a cache line, but for the step counts
-        sizes = [1 if name == "step" else -(-param.numel() // per_line) * per_line for param, name in needs]
-        at = 0
-        while at < len(needs):
-            end, total = at, 0
-            while end < len(needs) and (end == at or (total + sizes[end]) * dtype.itemsize <= BLOCK_BYTES):
-                total += sizes[end]
-                end += 1
-            block, offset = torch.zeros(total, dtype=dtype, device="cpu"), 0
-            for (param, name), size in zip(needs[at:end], sizes[at:end], strict=True):
-                shape = () if name == "step" else param.shape
-                optimizer.state[param][name] = block[offset : offset + math.prod(shape)].view(shape)
-                offset += size
-            at = end
-
-
-def _why_slow(param: Tensor, state: dict[str, Tensor], rule: Rule, group: dict[str, object]) -> str | None:
+def _why_slow(param: Tensor, group: dict[str, object]) -> str | None:
     """None for the kernels; "" for the torch path because it was asked for; else the reason for the torch path."""
     fused = group.get("fused")
     choice = backend.select(param, fused=None if fused is None else bool(fused))
@@ -313,70 +276,7 @@ def _why_slow(param: Tensor, state: dict[str, Tensor], rule: Rule, group: dict[s
         if backend.wanted() == "native" or fused:
             raise backend.BackendError(f"the kernels do not take gradients of layout {grad.layout}; leave fused unset")
         return f"there are no kernels for gradients of layout {grad.layout}"
-    for name in rule.states:
-        value = state.get(name)
-        if value is not None and value.dtype != param.dtype:
-            return f"there are no kernels for {param.dtype} parameters with {value.dtype} {name}"
     return None
-
-
-def _check_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str) -> None:
-    for name in rule.states:
-        value = state.get(name)
-        if value is not None and (value.shape != param.shape or value.device != param.device):
-            raise UnfitError(
-                f"{where}: its state {name!r} has shape {tuple(value.shape)} on {value.device}, "
-                f"expected {tuple(param.shape)} on {param.device}"
-            )
-
-
-def _check_disjoint(param: Tensor, where: str) -> None:
-    """As the kernels do: an element that is another one too would be stepped twice."""
-    if param.layout != torch.strided or not param.numel():
-        return
-    reach = 0  # the largest offset that the dimensions so far can add up to
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            raise UnfitError(
-                f"{where}: it has elements that share memory (for instance from expand()); pass a contiguous tensor"
-            )
-        reach += stride * (size - 1)
-
-
-def _fit_states(state: dict[str, Tensor], param: Tensor, rule: Rule, seen: set[int]) -> list[Tensor]:
-    """The rule's states of a parameter, each replaced by a copy where it lies in memory unlike the parameter."""
-    layout = param if param.is_contiguous() else torch.empty_like(param, device="meta")
-    for name in rule.states:
-        value = state[name]
-        if value.stride() != layout.stride() or id(value) in seen:
-            state[name] = torch.empty_like(param).copy_(value)
-        seen.add(id(state[name]))
-    return [state[name] for name in rule.states]
-
-
-def _fit_step(state: dict[str, Tensor], seen: set[int]) -> Tensor:
-    """The step count as one float32 on the CPU, whatever an older checkpoint holds; no two parameters share one."""
-    step: Tensor | float = state["step"]
-    good = isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu" and step.numel() == 1
-    if not good or id(step) in seen:
-        state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    seen.add(id(state["step"]))
-    return state["step"]
-
-
-def _check_slow(optimizer: FusedOptimizer, slow: Slow) -> None:
-    grad = slow.param.grad
-    if grad is None:
-        return
-    if grad.shape != slow.param.shape:
-        raise UnfitError(
-            f"{slow.where}: its gradient has shape {tuple(grad.shape)}, expected {tuple(slow.param.shape)}"
-        )
-    if grad.layout != torch.strided and not optimizer.takes_sparse:
-        raise UnfitError(
-            f"{slow.where}: its gradient has layout {grad.layout}, which this optimizer does not take; "
-            "use torch.optim.SparseAdam or pytrain.optim.SGD"
-        )
 
 
 def _free(tables: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,37 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
         {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
     ],
+    "adamax": [{}, {"weight_decay": 0.1, "betas": (0.2, 0.4)}, {"maximize": True}],
+    "nadam": [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True, "momentum_decay": 0.3}],
+    "radam": [{}, {"weight_decay": 0.1, "betas": (0.9, 0.8)}, {"weight_decay": 0.1, "decoupled_weight_decay": True}],
+    "adagrad": [
+        {},
+        {"weight_decay": 0.1, "lr_decay": 0.2, "initial_accumulator_value": 0.1},
+        {"maximize": True},
+    ],
+    "adadelta": [{}, {"weight_decay": 0.1, "rho": 0.5}],
+    "rmsprop": [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"centered": True},
+        {"centered": True, "momentum": 0.5, "weight_decay": 0.1},
+    ],
+    "asgd": [{}, {"weight_decay": 0.1}, {"lambd": 0.3, "t0": 1.0, "alpha": 0.6}],
+    "rprop": [{}, {"etas": (0.3, 1.7), "step_sizes": (1e-3, 0.05)}],
     "lion": [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95)}, {"maximize": True}],
+    "lamb": [{}, {"weight_decay": 0.0}, {"betas": (0.8, 0.95), "weight_decay": 0.3, "maximize": True}],
+    "lars": [{}, {"trust_coefficient": 0.1, "weight_decay": 0.1, "maximize": True}, {"momentum": 0.0}],
+    "novograd": [{}, {"weight_decay": 0.1, "betas": (0.8, 0.5)}, {"maximize": True}],
+    "adan": [{}, {"weight_decay": 0.3, "betas": (0.9, 0.8, 0.95)}, {"maximize": True}],
+    "ademamix": [{}, {"T_alpha_beta3": 10, "weight_decay": 0.1}, {"alpha": 2.0, "T_alpha_beta3": 3, "maximize": True}],
+    "stableadamw": [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-8}, {"maximize": True}],
+    "schedulefreeadamw": [
+        {},
+        {"warmup_steps": 3, "weight_decay": 0.1},
+        {"r": 0.5, "weight_lr_power": 0.0, "maximize": True},
+    ],
+    "cautiousadamw": [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95)}, {"maximize": True}],
+    "cautiouslion": [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95)}, {"maximize": True}],
 }
 CASES = [pytest.param(name, options, id=f"{name}-{options}") for name in VARIANTS for options in VARIANTS[name]]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -40,6 +71,11 @@ def torch_class(name: str) -> type[torch.optim.Optimizer] | None:
     """torch.optim's class of the same name, where there is one."""
     found: type[torch.optim.Optimizer] | None = getattr(torch.optim, REGISTRY[name].__name__, None)
     return found
+
+
+def fastest(name: str) -> dict[str, Any]:
+    """What makes torch's class take its fused step, where it has one."""
+    return {"fused": True} if "fused" in inspect.signature(torch_class(name)).parameters else {}  # type: ignore[arg-type]
 
 
 def make_params(dtype: torch.dtype, shapes: list[tuple[int, ...]] | None = None, seed: int = 0) -> list[Tensor]:
@@ -98,6 +134,11 @@ def largest(params: list[Tensor]) -> float:
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether all elements agree to the bit (nan with nan)."""
     return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+def began(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has made a state; Adagrad, as torch's, makes its own before the first step."""
+    return any(state.get("step") is None or state["step"] > 0 for state in optimizer.state.values())
 
 
 def bits(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import VARIANTS, error, like, make_params, ours, run, same_bits, torch_class
+from optim_cases import VARIANTS, began, error, fastest, like, make_params, ours, run, same_bits, torch_class
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
@@ -28,11 +28,12 @@ def cls(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", TORCH_NAMES)
-def test_signature_is_torchs_plus_amp_scaling(name: str) -> None:
+def test_signature_is_torchs_plus_options(name: str) -> None:
     theirs = inspect.signature(torch_class(name)).parameters  # type: ignore[arg-type]
     mine = dict(inspect.signature(cls(name)).parameters)
-    extra = mine.pop("amp_scaling")
-    assert extra.kind is inspect.Parameter.KEYWORD_ONLY
+    assert mine.pop("options").kind is inspect.Parameter.VAR_KEYWORD
+    if "fused" not in theirs:
+        assert mine.pop("fused").kind is inspect.Parameter.KEYWORD_ONLY
     assert list(mine) == list(theirs)
     assert [(p.kind, p.default) for p in mine.values()] == [(p.kind, p.default) for p in theirs.values()]
 
@@ -68,7 +69,9 @@ def test_checkpoints_go_both_ways(name: str, options: dict[str, Any], ours_first
     other = second(params, lr=0.5)
     other.load_state_dict(torch.load(file, weights_only=True))
     steps(other, params, 3, 6)
-    assert error(params, exact) <= 6 * torch.finfo(torch.float64).eps * 4
+    # torch casts NAdam's fp32 scalar to the parameter's dtype on loading, and goes on in that.
+    precision = torch.float32 if any(rule.scalars for rule in cls(name).rules) else torch.float64
+    assert error(params, exact) <= 6 * torch.finfo(precision).eps * 4
 
 
 def steps(optimizer: torch.optim.Optimizer, params: list[torch.Tensor], begin: int, end: int) -> None:
@@ -177,7 +180,7 @@ def test_schedulers_move_ours_as_torchs(name: str, scheduler: int, tensor_lr: bo
     results = []
     for make in (cls(name), torch_class(name)):
         params = make_params(torch.float64, [(4,), (3, 2)])
-        fused = {"fused": True} if make is torch_class(name) and tensor_lr else {}
+        fused = fastest(name) if make is torch_class(name) and tensor_lr else {}
         optimizer = make(params, lr=torch.tensor(0.05) if tensor_lr else 0.05, **options, **fused)
         plan = SCHEDULERS[scheduler](optimizer)
         for step in range(8):
@@ -288,7 +291,7 @@ def test_grad_scaler_steps_and_skips(name: str, bad: bool, amp_scaling: bool, un
     scaler.update()
     assert scaler.get_scale() == (512.0 if bad else 1024.0)
     if bad:
-        assert torch.equal(p.detach(), torch.ones(3)) and not optimizer.state
+        assert torch.equal(p.detach(), torch.ones(3)) and not began(optimizer)
         assert optimizer.step_was_skipped is amp_scaling  # without it the scaler does not call step at all
     else:
         q.grad = torch.tensor([1.0, 2.0, 3.0])

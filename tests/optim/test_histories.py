@@ -121,7 +121,7 @@ class Twins(RuleBasedStateMachine):
     def change_a_state(self, number: int, name: int, layout: Any, how: str) -> None:
         p, q = self.pick(number)
         mine, twin = self.a.state.get(p, {}), self.b.state.get(q, {})
-        names = sorted(key for key in mine if key != "step")
+        names = sorted(key for key in mine if torch.as_tensor(mine[key]).shape == p.shape and key != "step")
         if not names:
             return
         key = names[name % len(names)]
@@ -201,7 +201,7 @@ class Twins(RuleBasedStateMachine):
             mine, twin = self.a.state.get(p, {}), self.b.state.get(q, {})
             assert mine.keys() == twin.keys()
             for key in mine:
-                shape = () if key == "step" else q.shape
+                shape = () if key == "step" else torch.as_tensor(twin[key]).shape
                 one, other = (torch.as_tensor(state[key]).double().reshape(shape) for state in (mine, twin))
                 assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 

@@ -7,14 +7,40 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import CASES, DTYPES, LR, VARIANTS, error, largest, like, needs_kernels, ours, same_bits, torch_class
+from optim_cases import (
+    CASES,
+    DTYPES,
+    LR,
+    VARIANTS,
+    error,
+    fastest,
+    largest,
+    like,
+    needs_kernels,
+    ours,
+    same_bits,
+    torch_class,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
 from pytrain.optim import REGISTRY
+from pytrain.optim.base import Rule
+
+
+def rule_of(name: str, options: dict[str, Any]) -> Rule:
+    """The rule that these options select; Rprop's takes no learning rate."""
+    optimizer = ours(name, [Parameter(torch.ones(1))], **options)
+    return optimizer.rule(optimizer.param_groups[0])
+
 
 NAMES = list(VARIANTS)
 COUNTING = [name for name in NAMES if REGISTRY[name].steps_in_state]
+BIASED = [  # those that divide by 1 - beta^t, and keep no other number than t
+    name
+    for name in COUNTING
+    if torch_class(name) and "betas" in inspect.signature(REGISTRY[name]).parameters and name != "nadam"
+]
 # Each goes to every optimizer that takes these arguments.
 EDGES: list[dict[str, Any]] = [
     {"betas": (0.0, 0.99)},
@@ -25,11 +51,21 @@ EDGES: list[dict[str, Any]] = [
     {"momentum": 1.0},
     {"momentum": 0.9, "dampening": 1.0},
 ]
+
+
+def takes(name: str, options: dict[str, Any]) -> bool:
+    """Whether the optimizer has these arguments, and these values are in their ranges."""
+    if not options.keys() <= inspect.signature(REGISTRY[name]).parameters.keys():
+        return False
+    try:
+        ours(name, [Parameter(torch.ones(1))], **options)
+    except (ValueError, IndexError):
+        return False
+    return True
+
+
 EDGE_CASES = [
-    pytest.param(name, options, id=f"{name}-{options}")
-    for name in NAMES
-    for options in EDGES
-    if options.keys() <= inspect.signature(REGISTRY[name]).parameters.keys()
+    pytest.param(name, options, id=f"{name}-{options}") for name in NAMES for options in EDGES if takes(name, options)
 ]
 
 
@@ -54,7 +90,7 @@ def torch_or_ours(name: str, p: Tensor, options: dict[str, Any]) -> torch.optim.
     cls = torch_class(name)
     if cls is None:
         return ours(name, [p], fused=False, **options)
-    how = {"foreach": False} if p.dtype == torch.float64 else {"fused": True}
+    how = {"foreach": False} if p.dtype == torch.float64 else fastest(name)
     return cls([p], lr=LR, **how, **options)  # type: ignore[call-arg]
 
 
@@ -72,12 +108,12 @@ def test_edges_of_the_hyperparameters_are_as_exact_as_torch(
     walk(torch_or_ours(name, theirs, options), theirs, grads)
     walk(ours(name, [mine], fused=fused, **options), mine, grads)
     rounding = torch.finfo(torch.float32).eps * max(1.0, largest([exact]))
-    assert error([mine], [exact]) <= max(2 * error([theirs], [exact]), rounding)
+    assert error([mine], [exact]) <= max(rounding, 2 * error([theirs], [exact]))
 
 
 @needs_kernels
 @pytest.mark.parametrize("t", [1000.0, 123_457.0, 1e6])
-@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("name", BIASED)
 def test_late_steps_agree_with_torch(name: str, t: float) -> None:
     """beta^t by repeated squaring is off by at most t units in its last place, and the step divides by 1 - beta^t."""
     finals, moved = [], 0.0
@@ -112,7 +148,7 @@ def test_a_step_count_that_fp32_cannot_raise_stays(name: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if "lr" in rule_of(*case.values).hypers])
 def test_a_learning_rate_of_zero_changes_no_bit(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     p = Parameter(torch.linspace(-3, 3, 77).to(dtype))
     before = like([p])
@@ -125,7 +161,7 @@ def test_a_learning_rate_of_zero_changes_no_bit(name: str, options: dict[str, An
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if not rule_of(*case.values).sums])
 def test_every_size_from_0_to_70_is_right(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     whole = torch.linspace(-1, 1, 70)
     grads = [torch.linspace(1, -1, 70) + 0.25, torch.linspace(-1, 2, 70)]
@@ -139,7 +175,7 @@ def test_every_size_from_0_to_70_is_right(name: str, options: dict[str, Any], dt
     walk(torch_or_ours(name, exact, options), exact, [g.to(dtype).double() for g in grads])
     walk(torch_or_ours(name, theirs, options), theirs, grads)
     rounding = torch.finfo(dtype).eps * largest([exact])
-    allowed = 2 * rounding if dtype == torch.float64 else max(2 * error([theirs], [exact]), rounding)
+    allowed = 2 * rounding if dtype == torch.float64 else max(rounding, 2 * error([theirs], [exact]))
     for n, p in enumerate(params):
         assert n == 0 or error([p], [exact[:n]]) <= allowed, n
         assert same_bits([p], [params[70][:n]])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import VARIANTS, gradients, like, make_params, needs_kernels, ours, run, same_bits
+from optim_cases import VARIANTS, began, gradients, like, make_params, needs_kernels, ours, run, same_bits
 from torch.nn import Parameter
 
 from pytrain import backend
@@ -69,7 +69,7 @@ def test_b13_any_found_inf_but_zero_skips_and_changes_nothing(name: str) -> None
             p.grad = g
         optimizer.found_inf = torch.tensor(flag)  # type: ignore[attr-defined]
         optimizer.step()
-        assert same_bits(params, before) and optimizer.step_was_skipped and not optimizer.state
+        assert same_bits(params, before) and optimizer.step_was_skipped and not began(optimizer)
     optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
     run(optimizer, params, params, 1)
     assert not optimizer.step_was_skipped and not same_bits(params[4:], before[4:])
@@ -90,9 +90,9 @@ def test_b14_loading_keeps_each_states_dtype() -> None:
     assert [state[k].dtype for k in ("exp_avg", "codes", "low_bits")] == [torch.float32, torch.uint8, torch.int16]
     assert torch.equal(state["exp_avg"], torch.full((4,), 1.001))
     p.grad = torch.ones_like(p)
-    with pytest.warns(UserWarning, match=r"bfloat16 parameters with torch.float32 exp_avg"):
-        fresh.step()
-    assert state["exp_avg"].dtype == torch.float32
+    fresh.step()
+    assert fresh.backend == ("torch" if backend.facts is None else "native")
+    assert [fresh.state[p][k].dtype for k in ("exp_avg", "exp_avg_sq")] == [torch.float32, torch.bfloat16]
 
 
 def test_expanded_parameter_is_an_error_that_names_it_before_anything_is_written() -> None:
@@ -174,9 +174,9 @@ def test_module_to_another_dtype_between_steps() -> None:
     model.double()
     model.zero_grad()
     model(torch.ones(4).double()).sum().backward()
-    with pytest.warns(UserWarning, match=r"no kernels for torch.float64 parameters with torch.float32 exp_avg"):
-        optimizer.step()
-    assert model.weight.dtype == torch.float64 and optimizer.state[model.weight]["step"] == 2
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    assert model.weight.dtype == torch.float64 == state["exp_avg"].dtype and state["step"] == 2
 
 
 def test_swap_tensors_works_and_the_new_memory_is_stepped() -> None:
@@ -205,7 +205,7 @@ def test_state_replaced_moved_or_cleared_is_seen(name: str) -> None:
 
     def each(change: Any) -> None:
         for x, o in ((p, a), (q, b)):
-            key = next(k for k in o.state[x] if k != "step")
+            key = next(k for k in o.state[x] if o.state[x][k].numel() == 6)
             change(o, x, key)
         both()
 

@@ -1,0 +1,507 @@
+// The walk over segments and their storage formats on the CPU, the same for all rules: a tile that fits the smallest L1
+// is decoded to fp32, goes through the rule, and is encoded. Included once an instruction set, before kernels.h.
+#pragma once
+
+namespace pytrain::PT_ISA::cpu {
+
+using pytrain::core::Extra;
+using pytrain::core::Format;
+using pytrain::core::Keep;
+using pytrain::core::Segment;
+using pytrain::core::Storage;
+using pytrain::cpu::block;
+using pytrain::cpu::Job;
+
+constexpr int64_t tile = core::random_tile;  // 2 KiB a stream in fp32
+static_assert(block % tile == 0 && tile % pytrain::core::code_block == 0);
+
+// ---- one tile of one stream; each is a loop that the compiler vectorises ----------------------------------------------
+
+template <class H>
+__attribute__((noinline)) void decode_tile(const H* from, float* __restrict__ to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = core::decode(from[i]);
+}
+
+template <class H>
+__attribute__((noinline)) void encode_tile(const float* __restrict__ from, H* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = core::encode(from[i], H{});
+}
+
+template <class H>
+__attribute__((noinline)) void encode_tile_by_chance(const float* __restrict__ from, H* to,
+                                                     const uint16_t* __restrict__ random, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = core::encode(from[i], H{}, uint32_t{random[i]});
+}
+
+template <class H>
+__attribute__((noinline)) void decode_master_tile(const H* p, const float* __restrict__ master,
+                                                  float* __restrict__ to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = core::decode_master(p[i], master[i]);
+}
+
+template <class H>
+__attribute__((noinline)) void decode_compensated_tile(const H* p, const H* compensation, float* __restrict__ to,
+                                                       int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = core::decode_compensated(p[i], compensation[i]);
+}
+
+template <class H>
+__attribute__((noinline)) void encode_compensated_tile(const float* __restrict__ from, H* __restrict__ p,
+                                                       H* __restrict__ compensation, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = core::encode_compensated(from[i], compensation[i]);
+}
+
+__attribute__((noinline)) void decode_low_bits_tile(const core::Bf16* p, const int16_t* __restrict__ low,
+                                                    float* __restrict__ to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = core::decode_low_bits(p[i], low[i]);
+}
+
+__attribute__((noinline)) void encode_low_bits_tile(const float* __restrict__ from, core::Bf16* __restrict__ p,
+                                                    int16_t* __restrict__ low, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = core::encode_low_bits(from[i], low[i]);
+}
+
+__attribute__((noinline)) void random_tile(const core::RandomStream& stream, int64_t number,
+                                           uint16_t* __restrict__ to) {
+  const core::RandomStream s = stream;
+  for (int64_t lane = 0; lane < core::random_lanes; ++lane) {
+    uint32_t words[4];
+    s.call(number * core::random_lanes + lane, words);
+    for (int w = 0; w < 4; ++w) {
+      to[(2 * w) * core::random_lanes + lane] = static_cast<uint16_t>(words[w]);
+      to[(2 * w + 1) * core::random_lanes + lane] = static_cast<uint16_t>(words[w] >> 16);
+    }
+  }
+}
+
+// The largest magnitude of a block, as the block's scale: finite whatever is in it.
+__attribute__((noinline)) float largest_magnitude(const float* x, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t bits = static_cast<int32_t>(core::as_bits(x[i]) & 0x7fffffffu);
+    largest = bits > largest ? bits : largest;
+  }
+  return core::as_float(largest > 0x7f7fffff ? 0x7f7fffffu : static_cast<uint32_t>(largest));
+}
+
+template <Format F>
+__attribute__((noinline)) void decode_codes(const uint8_t* from, float scale, float* __restrict__ to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = F == Format::s8 ? core::decode_signed(from[i], scale) : core::decode_unsigned(from[i], scale);
+  }
+}
+
+template <Format F>
+__attribute__((noinline)) void encode_codes(const float* __restrict__ from, float scale, uint8_t* __restrict__ to,
+                                            int64_t n) {
+  const float least = core::smallest(core::largest_signed) * 0.5f;
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = F == Format::s8 ? core::encode_signed(from[i], scale, core::half_unit, least)
+                            : core::encode_unsigned(from[i], scale, core::half_unit);
+  }
+}
+
+template <Format F>
+__attribute__((noinline)) void encode_codes_by_chance(const float* __restrict__ from, float scale,
+                                                      uint8_t* __restrict__ to, const uint16_t* __restrict__ random,
+                                                      int64_t n) {
+  const float unit = core::smallest(core::largest_signed) / 65536.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t cut = uint32_t{random[i]} << 4;
+    const float least = (static_cast<float>(static_cast<int32_t>(random[i])) + 0.5f) * unit;
+    to[i] = F == Format::s8 ? core::encode_signed(from[i], scale, cut, least)
+                            : core::encode_unsigned(from[i], scale, cut);
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void average_tile(T* __restrict__ ema, const T* __restrict__ p, T weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) ema[i] = rules::lerp(ema[i], p[i], weight);
+}
+
+// ---- one tile of one segment ------------------------------------------------------------------------------------------
+
+struct Place {
+  const Storage& storage;
+  const Segment& segment;
+  const Extra* extra;
+};
+
+// Streams of random bits: 0 for the parameter, 1 + s for state s.
+const uint16_t* random_bits(const Place& at, int stream, int64_t first, uint16_t* memory) {
+  random_tile(core::RandomStream(at.storage.seed, at.extra->index, stream, at.segment.step), first / tile, memory);
+  return memory;
+}
+
+template <class H>
+void decode_param(const Place& at, int64_t first, int64_t n, float* to) {
+  const H* const p = static_cast<const H*>(at.segment.param) + first;
+  switch (at.storage.keep) {
+    case Keep::nothing:
+      return decode_tile(p, to, n);
+    case Keep::master:
+      return decode_master_tile(p, static_cast<const float*>(at.extra->kept) + first, to, n);
+    case Keep::compensation:
+      return decode_compensated_tile(p, static_cast<const H*>(at.extra->kept) + first, to, n);
+    case Keep::low_bits:
+      if constexpr (std::is_same_v<H, core::Bf16>) {
+        return decode_low_bits_tile(p, static_cast<const int16_t*>(at.extra->kept) + first, to, n);
+      }
+  }
+}
+
+// Stores the new parameter; leaves in `from` what an average is taken of.
+template <class H>
+void encode_param(const Place& at, int64_t first, int64_t n, float* from, uint16_t* random) {
+  H* const p = static_cast<H*>(at.segment.param) + first;
+  switch (at.storage.keep) {
+    case Keep::nothing:
+      if (at.storage.stochastic) {
+        encode_tile_by_chance(from, p, random_bits(at, 0, first, random), n);
+      } else {
+        encode_tile(from, p, n);
+      }
+      if (at.storage.ema) decode_tile(p, from, n);
+      return;
+    case Keep::master:
+      __builtin_memcpy(static_cast<float*>(at.extra->kept) + first, from, sizeof(float) * n);
+      return encode_tile(from, p, n);
+    case Keep::compensation: {
+      H* const compensation = static_cast<H*>(at.extra->kept) + first;
+      encode_compensated_tile(from, p, compensation, n);
+      if (at.storage.ema) decode_compensated_tile(p, compensation, from, n);
+      return;
+    }
+    case Keep::low_bits:
+      if constexpr (std::is_same_v<H, core::Bf16>) {
+        return encode_low_bits_tile(from, p, static_cast<int16_t*>(at.extra->kept) + first, n);
+      }
+  }
+}
+
+template <Format F>
+void decode_blocks(const Place& at, int s, int64_t first, int64_t n, float* to) {
+  constexpr int64_t width = pytrain::core::code_block;
+  const uint8_t* const codes = static_cast<const uint8_t*>(at.segment.states[s]) + first;
+  for (int64_t i = 0; i < n; i += width) {
+    decode_codes<F>(codes + i, at.extra->scales[s][(first + i) / width], to + i, n - i < width ? n - i : width);
+  }
+}
+
+template <Format F>
+void encode_blocks(const Place& at, int s, int64_t first, int64_t n, const float* from, uint16_t* memory) {
+  constexpr int64_t width = pytrain::core::code_block;
+  uint8_t* const codes = static_cast<uint8_t*>(at.segment.states[s]) + first;
+  const uint16_t* const random = at.storage.stochastic ? random_bits(at, 1 + s, first, memory) : nullptr;
+  for (int64_t i = 0; i < n; i += width) {
+    const int64_t m = n - i < width ? n - i : width;
+    const float scale = largest_magnitude(from + i, m);
+    at.extra->scales[s][(first + i) / width] = scale;
+    if (scale == 0.0f) {
+      __builtin_memset(codes + i, 0, m);
+    } else if (random) {
+      encode_codes_by_chance<F>(from + i, scale, codes + i, random + i, m);
+    } else {
+      encode_codes<F>(from + i, scale, codes + i, m);
+    }
+  }
+}
+
+// Where a state's fp32 values of a tile stand: in memory itself, or in `memory` after decoding.
+float* decode_state(const Place& at, int s, int64_t first, int64_t n, float* memory) {
+  void* const from = at.segment.states[s];
+  switch (at.storage.states[s]) {
+    case Format::bf16:
+      decode_tile(static_cast<core::Bf16*>(from) + first, memory, n);
+      return memory;
+    case Format::fp16:
+      decode_tile(static_cast<core::Fp16*>(from) + first, memory, n);
+      return memory;
+    case Format::s8:
+      decode_blocks<Format::s8>(at, s, first, n, memory);
+      return memory;
+    case Format::u8:
+      decode_blocks<Format::u8>(at, s, first, n, memory);
+      return memory;
+    default:
+      return static_cast<float*>(from) + first;
+  }
+}
+
+template <class H>
+void encode_half_state(const Place& at, int s, int64_t first, int64_t n, const float* from, uint16_t* random) {
+  H* const to = static_cast<H*>(at.segment.states[s]) + first;
+  if (at.storage.stochastic) {
+    encode_tile_by_chance(from, to, random_bits(at, 1 + s, first, random), n);
+  } else {
+    encode_tile(from, to, n);
+  }
+}
+
+void encode_state(const Place& at, int s, int64_t first, int64_t n, const float* from, uint16_t* random) {
+  switch (at.storage.states[s]) {
+    case Format::bf16:
+      return encode_half_state<core::Bf16>(at, s, first, n, from, random);
+    case Format::fp16:
+      return encode_half_state<core::Fp16>(at, s, first, n, from, random);
+    case Format::s8:
+      return encode_blocks<Format::s8>(at, s, first, n, from, random);
+    case Format::u8:
+      return encode_blocks<Format::u8>(at, s, first, n, from, random);
+    default:
+      return;
+  }
+}
+
+// The fp32 values of one tile.
+struct Tile {
+  float p_memory[tile], g_memory[tile], s_memory[pytrain::core::max_states][tile];
+  uint16_t random[tile];
+  float* p;
+  const float* g;
+  float* states[pytrain::core::max_states];
+};
+
+void decode(const Place& at, int n_states, int64_t first, int64_t n, Tile& t) {
+  t.p = t.p_memory;
+  t.g = t.g_memory;
+  switch (at.storage.param) {
+    case Format::bf16:
+      decode_param<core::Bf16>(at, first, n, t.p);
+      decode_tile(static_cast<const core::Bf16*>(at.segment.grad) + first, t.g_memory, n);
+      break;
+    case Format::fp16:
+      decode_param<core::Fp16>(at, first, n, t.p);
+      decode_tile(static_cast<const core::Fp16*>(at.segment.grad) + first, t.g_memory, n);
+      break;
+    default:
+      t.p = static_cast<float*>(at.segment.param) + first;
+      t.g = static_cast<const float*>(at.segment.grad) + first;
+  }
+  for (int s = 0; s < n_states; ++s) t.states[s] = decode_state(at, s, first, n, t.s_memory[s]);
+}
+
+// ---- one segment --------------------------------------------------------------------------------------------------------
+
+// What every range of a segment needs to know.
+struct Part {
+  const Job& job;
+  const Segment& segment;
+  const Extra* extra;
+  double coef, ema_weight;
+};
+
+template <class T>
+void average(const Part& part, const T* p, int64_t first, int64_t n) {
+  if (part.job.storage.ema) average_tile(static_cast<T*>(part.extra->ema) + first, p, T(part.ema_weight), n);
+}
+
+void zero_grad(const Part& part, int64_t first, int64_t n) {
+  const int64_t size = pytrain::core::bytes(part.job.storage.param);
+  if (part.job.storage.zero_grad) __builtin_memset(static_cast<char*>(part.segment.grad) + first * size, 0, n * size);
+}
+
+// Parameter and states are stored in T: through memory in one go, or tile by tile where an average follows.
+template <class T, class Update>
+void step_direct(const Part& part, Update update, const void* rule, int64_t first, int64_t n) {
+  const Storage& storage = part.job.storage;
+  const int64_t stride = storage.ema || storage.zero_grad ? 4 * tile : n;
+  for (int64_t end = first + n; first < end; first += stride) {
+    const int64_t m = end - first < stride ? end - first : stride;
+    T* const p = static_cast<T*>(part.segment.param) + first;
+    T* states[pytrain::core::max_states];
+    for (int s = 0; s < part.job.rule->states; ++s) states[s] = static_cast<T*>(part.segment.states[s]) + first;
+    update(rule, T(part.coef), p, static_cast<const T*>(part.segment.grad) + first, states, m);
+    average<T>(part, p, first, m);
+    zero_grad(part, first, m);
+  }
+}
+
+void step_tiles(const Part& part, const void* rule, int64_t first, int64_t n) {
+  const Place at{part.job.storage, part.segment, part.extra};
+  const int n_states = part.job.rule->states;
+  Tile t;
+  for (int64_t end = first + n; first < end; first += tile) {
+    const int64_t m = end - first < tile ? end - first : tile;
+    decode(at, n_states, first, m, t);
+    part.job.rule->update32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, m);
+    for (int s = 0; s < n_states; ++s) encode_state(at, s, first, m, t.states[s], t.random);
+    if (at.storage.param == Format::bf16) encode_param<core::Bf16>(at, first, m, t.p, t.random);
+    if (at.storage.param == Format::fp16) encode_param<core::Fp16>(at, first, m, t.p, t.random);
+    average<float>(part, t.p, first, m);
+    zero_grad(part, first, m);
+  }
+}
+
+bool stored_as(const Storage& storage, Format format, int n_states) {
+  bool same = storage.param == format;
+  for (int s = 0; s < n_states; ++s) same &= storage.states[s] == format;
+  return same;
+}
+
+void step_part(const Part& part, const void* rule, int64_t first, int64_t n) {
+  const int n_states = part.job.rule->states;
+  if (part.job.storage.param == Format::fp64) {
+    step_direct<double>(part, part.job.rule->update64, rule, first, n);
+  } else if (stored_as(part.job.storage, Format::fp32, n_states)) {
+    step_direct<float>(part, part.job.rule->update32, rule, first, n);
+  } else {
+    step_tiles(part, rule, first, n);
+  }
+}
+
+// The sums over one block, in tiles, each tile's added to those before it.
+template <class T, class Measure>
+void measure_direct(const Part& part, Measure measure, const void* rule, int64_t first, int64_t n, double* sums) {
+  T memory[pytrain::core::max_sums][tile];
+  T* const terms[] = {memory[0], memory[1]};
+  for (int64_t end = first + n; first < end; first += tile) {
+    const int64_t m = end - first < tile ? end - first : tile;
+    T* states[pytrain::core::max_states];
+    for (int s = 0; s < part.job.rule->states; ++s) states[s] = static_cast<T*>(part.segment.states[s]) + first;
+    measure(rule, T(part.coef), static_cast<T*>(part.segment.param) + first,
+            static_cast<const T*>(part.segment.grad) + first, states, terms, m);
+    for (int k = 0; k < part.job.rule->sums; ++k) sums[k] += core::sum(terms[k], m);
+  }
+}
+
+void measure_tiles(const Part& part, const void* rule, int64_t first, int64_t n, double* sums) {
+  const Place at{part.job.storage, part.segment, part.extra};
+  const int n_states = part.job.rule->states;
+  Tile t;
+  float memory[pytrain::core::max_sums][tile];
+  float* const terms[] = {memory[0], memory[1]};
+  for (int64_t end = first + n; first < end; first += tile) {
+    const int64_t m = end - first < tile ? end - first : tile;
+    decode(at, n_states, first, m, t);
+    part.job.rule->measure32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, terms, m);
+    for (int s = 0; s < n_states && part.job.rule->measure_writes; ++s) {
+      encode_state(at, s, first, m, t.states[s], t.random);
+    }
+    for (int k = 0; k < part.job.rule->sums; ++k) sums[k] += core::sum(terms[k], m);
+  }
+}
+
+void measure_part(const Part& part, const void* rule, int64_t first, int64_t n, double* sums) {
+  if (part.job.storage.param == Format::fp64) {
+    measure_direct<double>(part, part.job.rule->measure64, rule, first, n, sums);
+  } else if (stored_as(part.job.storage, Format::fp32, part.job.rule->states)) {
+    measure_direct<float>(part, part.job.rule->measure32, rule, first, n, sums);
+  } else {
+    measure_tiles(part, rule, first, n, sums);
+  }
+}
+
+// ---- many segments ------------------------------------------------------------------------------------------------------
+
+// Calls visit(i, first, n) for every segment's whole blocks that begin in a range of the flattened elements.
+template <class Visit>
+void walk(const Job& job, int64_t begin, int64_t end, Visit visit) {
+  // The last segment that starts at or before `begin`.
+  int64_t low = 0, high = job.n_segments - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (job.offsets[middle] <= begin) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  for (int64_t i = low; i < job.n_segments && job.offsets[i] < end; ++i) {
+    const int64_t numel = job.segments[i].numel;
+    const auto from_block = [&](int64_t element) {
+      const int64_t up = element <= 0 ? 0 : (element + block - 1) / block * block;
+      return up < numel ? up : numel;
+    };
+    const int64_t first = from_block(begin - job.offsets[i]), last = from_block(end - job.offsets[i]);
+    if (first < last) visit(i, first, last - first);
+  }
+}
+
+constexpr int max_prepared = 256;  // bytes of a rule
+
+// Prepares a rule anew only where the group or the count differs from the segment before, or numbers of its own matter.
+struct Prepared {
+  alignas(16) unsigned char memory[max_prepared];
+  int64_t group = -1;
+  double step = -1.0;
+
+  void be_for(const Job& job, int64_t i) {
+    const Segment& segment = job.segments[i];
+    if (segment.group == group && segment.step == step && !job.rule->advance && !job.rule->sums) return;
+    group = segment.group;
+    step = segment.step;
+    job.rule->prepare(job.control->rows()[group], step, job.extras ? job.extras[i].scalars : nullptr, memory);
+  }
+};
+
+Part part_of(const Job& job, int64_t i) {
+  const Segment& segment = job.segments[i];
+  const pytrain::core::GroupRow& row = job.control->rows()[segment.group];
+  return {job, segment, job.extras ? job.extras + i : nullptr, row.grad_sign * job.control->inv_scale,
+          segment.step > 1.0 ? row.ema_weight : 1.0};
+}
+
+void step(const Job& job, int64_t begin, int64_t end) {
+  Prepared rule;
+  walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
+    rule.be_for(job, i);
+    if (job.rule->sums) job.rule->settle(rule.memory, job.extras[i].sums, static_cast<double>(job.segments[i].numel));
+    step_part(part_of(job, i), rule.memory, first, n);
+  });
+}
+
+void take_sums(const Job& job, int64_t begin, int64_t end) {
+  Prepared rule;
+  walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
+    rule.be_for(job, i);
+    const Part part = part_of(job, i);
+    double* partial = job.partials + job.partial_offsets[i] + first / block * job.rule->sums;
+    for (int64_t last = first + n; first < last; first += block, partial += job.rule->sums) {
+      for (int k = 0; k < job.rule->sums; ++k) partial[k] = 0.0;
+      measure_part(part, rule.memory, first, last - first < block ? last - first : block, partial);
+    }
+  });
+}
+
+// An inf or nan has an exponent of ones.
+__attribute__((noinline)) bool finite_words(const uint16_t* x, int64_t n, uint16_t exponent) {
+  uint16_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint16_t>((x[i] & exponent) == exponent);
+  return bad == 0;
+}
+
+__attribute__((noinline)) bool finite_words(const uint32_t* x, int64_t n, uint32_t exponent) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>((x[i] & exponent) == exponent);
+  return bad == 0;
+}
+
+__attribute__((noinline)) bool finite_words(const uint64_t* x, int64_t n, uint64_t exponent) {
+  uint64_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>((x[i] & exponent) == exponent);
+  return bad == 0;
+}
+
+bool all_finite(const Job& job, int64_t begin, int64_t end) {
+  bool good = true;
+  walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
+    const void* const g = job.segments[i].grad;
+    switch (job.storage.param) {
+      case Format::fp64:
+        good &= finite_words(static_cast<const uint64_t*>(g) + first, n, uint64_t{0x7ff0000000000000});
+        break;
+      case Format::bf16:
+        good &= finite_words(static_cast<const uint16_t*>(g) + first, n, uint16_t{0x7f80});
+        break;
+      case Format::fp16:
+        good &= finite_words(static_cast<const uint16_t*>(g) + first, n, uint16_t{0x7c00});
+        break;
+      default:
+        good &= finite_words(static_cast<const uint32_t*>(g) + first, n, uint32_t{0x7f800000});
+    }
+  });
+  return good;
+}
+
+}  // namespace pytrain::PT_ISA::cpu

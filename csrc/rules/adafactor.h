@@ -1,0 +1,429 @@
+// Adafactor. Shazeer & Stern 2018, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, Alg. 4 and 5
+// (arXiv:1804.04235), in the form of torch.optim.Adafactor: means instead of sums, lr as the largest relative step, and
+// eps1 as a floor of what is divided by.
+//   a = t^beta2_decay                               rho = min(lr, 1/sqrt(t))       alpha = rho max(eps2, rms(p))
+//   r <- (1-a) r + a mean_columns(g^2)              c <- (1-a) c + a mean_rows(g^2)      for a matrix
+//   u = g / max(sqrt(r c / max(mean(r), eps1)), eps1)
+//   v <- (1-a) v + a g^2        u = g / max(sqrt(v), eps1)                         for a vector
+//   p <- (1 - lr wd) p - alpha u / max(1, rms(u)/d)
+//
+// No rule of one element: a step is a sequence of five phases over one tensor, each a number of items that threads may
+// share in any way. An item writes what no other item of its phase touches; sums are taken in double, within an item
+// from the first element to the last in eight lanes, and over the items in their order. So the result is the same for
+// any number of threads and any instruction set.
+//
+// Memory is passed over as often as the formula's dependences demand. rms(u) needs all of c, which needs all of g, and p
+// needs rms(u): g is read three times, p twice (the first time for its rms) and written once. A matrix that fits into
+// an item, and a vector, need no look at g between: g is read twice, p twice, p is written once. Beside that stand
+// r and c, and for a vector v, read twice and written once.
+#pragma once
+
+#include "core/sum.h"
+#include "rules/rule.h"
+
+namespace pytrain::PT_ISA::rules {
+
+// The numbers of one step of one tensor, and what it does to an element.
+struct Adafactor {
+  static constexpr const char* hypers[] = {"lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay"};
+  struct Hyper {
+    double lr, beta2_decay, eps1, eps2, d, weight_decay;  // eps1 < 0 stands for type_eps
+  };
+  double weight, rho, eps1, eps2, d, keep;
+
+  // t is 1 on the first step; type_eps is the distance from 1 to the next number of the parameter's dtype.
+  PT_HD Adafactor(const Hyper& h, double t, double type_eps)
+      : weight(real_power(t, h.beta2_decay)),
+        rho(h.lr < 1.0 / square_root(t) ? h.lr : 1.0 / square_root(t)),
+        eps1(h.eps1 < 0.0 ? type_eps : h.eps1),
+        eps2(h.eps2),
+        d(h.d),
+        keep(1.0 - h.lr * h.weight_decay) {}
+
+  // What u is multiplied by, from the sums of p^2 (before the decay) and u^2.
+  PT_HD double step_size(double p_squares, double u_squares, double numel) const {
+    const double rms = square_root(p_squares / numel), excess = square_root(u_squares / numel) / d;
+    return rho * (rms > eps2 ? rms : eps2) / (excess > 1.0 ? excess : 1.0);
+  }
+
+  // 1/sqrt(r c / mean) is row_factor times column_factor, so that an element costs no root and no division.
+  PT_HD double row_factor(double r, double mean) const { return 1.0 / square_root(r / (mean < eps1 ? eps1 : mean)); }
+  PT_HD double column_factor(double c) const { return 1.0 / square_root(c); }
+
+  template <class T>
+  PT_HD static T factored(T g, T row_factor, T column_factor, T largest) {
+    const T factor = row_factor * column_factor;
+    return g * (factor > largest ? largest : factor);  // not the other way round: a nan stays one
+  }
+  template <class T>
+  PT_HD static T unfactored(T g, T v, T eps1) {
+    const T root = square_root(v);
+    return g / (root < eps1 ? eps1 : root);
+  }
+};
+
+// One tensor: `batch` contiguous row-major matrices of rows x cols, or (matrix = false) a vector of cols elements.
+// Of the states, row_var has batch * rows elements and col_var batch * cols; a vector has its variance in col_var.
+template <class T>
+struct AdafactorTensor {
+  T* p;
+  const T* g;
+  T* row_var;
+  T* col_var;
+  int64_t batch, rows, cols;
+  bool matrix;
+  T grad_coef;  // what g is multiplied by: 1 / loss scale, negative to maximize
+};
+
+// std::min and std::max could be linked from another instruction set's copy.
+PT_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PT_HD int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How a tensor is cut into items; by its shape alone.
+struct AdafactorCut {
+  static constexpr int64_t block = 32768;  // elements of an item, about: fp32 p and g of it fit into half an L2
+  static constexpr int64_t most = 64;      // items of one matrix, each of which has sums of all its columns
+  static constexpr int64_t tile = 512;     // elements of a piece that is kept in L1, and columns of an item of `columns`
+
+  int64_t batch, rows, cols;
+  bool matrix, whole;  // whole: items of whole matrices
+  int64_t span;        // of a vector elements, of a small matrix matrices, of a large one rows in an item
+  int64_t per_matrix;  // items of one matrix, if large
+  int64_t items;
+
+  PT_HD AdafactorCut(int64_t batch, int64_t rows, int64_t cols, bool matrix)
+      : batch(batch), rows(rows), cols(cols), matrix(matrix), whole(matrix && rows * cols <= block), per_matrix(1) {
+    if (!matrix) {
+      span = block;
+      items = (cols + block - 1) / block;
+    } else if (whole) {
+      span = larger(1, block / larger(1, rows * cols));
+      items = rows * cols > 0 ? (batch + span - 1) / span : 0;
+    } else {
+      span = larger((rows + most - 1) / most, (block + cols - 1) / cols);
+      per_matrix = (rows + span - 1) / span;
+      items = batch * per_matrix;
+    }
+  }
+
+  PT_HD bool large() const { return matrix && !whole; }
+  PT_HD int64_t tiles() const { return (cols + tile - 1) / tile; }
+  // The workspace: doubles for sums, and elements of T for the factors. It need not be cleared.
+  PT_HD int64_t doubles() const { return 1 + 3 * items + (large() ? items * cols : 0); }
+  PT_HD int64_t factors() const { return matrix ? batch * (rows + cols) : 0; }
+};
+
+// One step of one tensor: for each phase from the first to the last, run every item once, then wait for all of them.
+template <class T>
+class AdafactorStep {
+ public:
+  enum Phase : int { measure, columns, clip, settle, apply };
+  static constexpr int phases = 5;
+
+  AdafactorStep(const Adafactor& rule, const AdafactorTensor<T>& tensor, double* doubles, T* factors)
+      : rule_(rule),
+        x_(tensor),
+        cut_(tensor.batch, tensor.rows, tensor.cols, tensor.matrix),
+        step_size_(doubles),
+        p_squares_(doubles + 1),
+        u_squares_(p_squares_ + cut_.items),
+        row_sums_(u_squares_ + cut_.items),
+        col_sums_(row_sums_ + cut_.items),
+        row_factors_(factors),
+        col_factors_(factors + tensor.batch * tensor.rows) {}
+
+  int64_t items(int phase) const {
+    if (phase == measure || phase == apply) return cut_.items;
+    if (phase == settle) return cut_.items > 0;
+    if (!cut_.large()) return 0;
+    return phase == clip ? cut_.items : cut_.batch * cut_.tiles();
+  }
+
+  // The elements of p that items of measure, clip and apply work on, about; an item of columns or settle is a small one.
+  int64_t elements() const { return cut_.span * (!x_.matrix ? 1 : cut_.whole ? x_.rows * x_.cols : x_.cols); }
+
+  void run(int phase, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      if (phase == measure) {
+        x_.matrix ? cut_.whole ? measure_matrices(i) : measure_rows(i) : measure_vector(i);
+      } else if (phase == columns) {
+        add_columns(i / cut_.tiles(), i % cut_.tiles());
+      } else if (phase == clip) {
+        clip_rows(i);
+      } else if (phase == settle) {
+        const double numel = double(x_.batch) * double(x_.matrix ? x_.rows : 1) * double(x_.cols);
+        *step_size_ = rule_.step_size(core::sum(p_squares_, cut_.items), core::sum(u_squares_, cut_.items), numel);
+      } else if (x_.matrix) {
+        apply_rows(i);
+      } else {
+        apply_vector(i);
+      }
+    }
+  }
+
+ private:
+  struct Range {
+    int64_t first, last;
+  };
+  // Rows of an item, counted through the whole batch; of a vector, elements.
+  Range range(int64_t item) const {
+    if (!x_.matrix || cut_.whole) {
+      const int64_t unit = x_.matrix ? x_.rows : 1, all = x_.matrix ? x_.batch : x_.cols;
+      return {item * cut_.span * unit, smaller(all, (item + 1) * cut_.span) * unit};
+    }
+    const int64_t first = item / cut_.per_matrix * x_.rows, row = item % cut_.per_matrix * cut_.span;
+    return {first + row, first + smaller(x_.rows, row + cut_.span)};
+  }
+
+  // ---- loops over contiguous memory; not inlined, so that a disassembly can name them --------------------------------
+
+  static constexpr int64_t tile = AdafactorCut::tile;
+
+  static double squares(const T* x, int64_t n) {
+    T terms[tile];
+    double total = 0.0;
+    for (int64_t done = 0; done < n; done += tile) {
+      const int64_t m = smaller(tile, n - done);
+      square(x + done, terms, m);
+      total += core::sum(terms, m);
+    }
+    return total;
+  }
+  __attribute__((noinline)) static void square(const T* __restrict__ x, T* __restrict__ to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * x[i];
+  }
+  // Squares go into both sums: those of the columns, and (returned) that of the row.
+  static double both_squares(const T* g, double* sums, int64_t n, T coef, bool first) {
+    T terms[tile];
+    double total = 0.0;
+    for (int64_t done = 0; done < n; done += tile) {
+      const int64_t m = smaller(tile, n - done);
+      scaled_square(g + done, coef, terms, m);
+      if (first) {
+        put_columns(terms, sums + done, m);
+      } else {
+        add_to_columns(terms, sums + done, m);
+      }
+      total += core::sum(terms, m);
+    }
+    return total;
+  }
+  __attribute__((noinline)) static void scaled_square(const T* __restrict__ g, T coef, T* __restrict__ to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = (g[i] * coef) * (g[i] * coef);
+  }
+  __attribute__((noinline)) static void put_columns(const T* __restrict__ x, double* __restrict__ sums, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sums[i] = x[i];
+  }
+  __attribute__((noinline)) static void add_to_columns(const T* __restrict__ x, double* __restrict__ sums, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sums[i] += x[i];
+  }
+  __attribute__((noinline)) static void update_squares(const T* __restrict__ g, T coef, T row, const T* __restrict__ col,
+                                                       T largest, T* __restrict__ to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T u = Adafactor::factored(g[i] * coef, row, col[i], largest);
+      to[i] = u * u;
+    }
+  }
+  __attribute__((noinline)) static void update(T* __restrict__ p, const T* __restrict__ g, T coef, T row,
+                                               const T* __restrict__ col, T largest, T keep, T size, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      p[i] = p[i] * keep - size * Adafactor::factored(g[i] * coef, row, col[i], largest);
+    }
+  }
+  __attribute__((noinline)) static void vector_squares(const T* __restrict__ g, T coef, T* __restrict__ v, T weight,
+                                                       T eps1, T* __restrict__ to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T scaled = g[i] * coef;
+      const T next = lerp(v[i], scaled * scaled, weight);
+      const T u = Adafactor::unfactored(scaled, next, eps1);
+      v[i] = next;
+      to[i] = u * u;
+    }
+  }
+  __attribute__((noinline)) static void vector_update(T* __restrict__ p, const T* __restrict__ g, T coef,
+                                                      const T* __restrict__ v, T eps1, T keep, T size, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = p[i] * keep - size * Adafactor::unfactored(g[i] * coef, v[i], eps1);
+  }
+
+  // ---- the phases ----------------------------------------------------------------------------------------------------
+
+  T largest() const { return T(1.0 / rule_.eps1); }
+
+  double row_squares(int64_t row) const {  // of u
+    T terms[tile];
+    const T* const g = x_.g + row * x_.cols;
+    const T* const col = col_factors_ + row / x_.rows * x_.cols;
+    double total = 0.0;
+    for (int64_t done = 0; done < x_.cols; done += tile) {
+      const int64_t m = smaller(tile, x_.cols - done);
+      update_squares(g + done, x_.grad_coef, row_factors_[row], col + done, largest(), terms, m);
+      total += core::sum(terms, m);
+    }
+    return total;
+  }
+
+  // r of these rows becomes its factor where the mean over the matrix is known.
+  void factor_rows(int64_t first, int64_t last, double mean) const {
+    for (int64_t row = first; row < last; ++row) row_factors_[row] = T(rule_.row_factor(x_.row_var[row], mean));
+  }
+
+  void average_column(int64_t at, double squares) const {
+    const T c = lerp(x_.col_var[at], T(squares / double(x_.rows)), T(rule_.weight));
+    x_.col_var[at] = c;
+    col_factors_[at] = T(rule_.column_factor(c));
+  }
+
+  T average_row(int64_t row, double squares) const {
+    return x_.row_var[row] = lerp(x_.row_var[row], T(squares / double(x_.cols)), T(rule_.weight));
+  }
+
+  void measure_vector(int64_t item) const {
+    const Range r = range(item);
+    T terms[tile];
+    double p_squares = 0.0, u_squares = 0.0;
+    for (int64_t at = r.first; at < r.last; at += tile) {
+      const int64_t m = smaller(tile, r.last - at);
+      vector_squares(x_.g + at, x_.grad_coef, x_.col_var + at, T(rule_.weight), T(rule_.eps1), terms, m);
+      u_squares += core::sum(terms, m);
+      p_squares += squares(x_.p + at, m);
+    }
+    p_squares_[item] = p_squares;
+    u_squares_[item] = u_squares;
+  }
+
+  // A large matrix: its row averages are done here, its columns are left as sums.
+  void measure_rows(int64_t item) const {
+    const Range r = range(item);
+    double p_squares = 0.0, row_sum = 0.0;
+    for (int64_t row = r.first; row < r.last; ++row) {
+      const T* const g = x_.g + row * x_.cols;
+      row_sum += average_row(row, both_squares(g, col_sums_ + item * x_.cols, x_.cols, x_.grad_coef, row == r.first));
+      p_squares += squares(x_.p + row * x_.cols, x_.cols);
+    }
+    p_squares_[item] = p_squares;
+    row_sums_[item] = row_sum;
+  }
+
+  void add_columns(int64_t matrix, int64_t number) const {
+    const int64_t first = number * tile, m = smaller(tile, x_.cols - first);
+    const double* const sums = col_sums_ + matrix * cut_.per_matrix * x_.cols + first;
+    double totals[tile] = {};
+    for (int64_t k = 0; k < cut_.per_matrix; ++k) {
+      for (int64_t j = 0; j < m; ++j) totals[j] += sums[k * x_.cols + j];
+    }
+    for (int64_t j = 0; j < m; ++j) average_column(matrix * x_.cols + first + j, totals[j]);
+  }
+
+  void clip_rows(int64_t item) const {
+    const Range r = range(item);
+    const int64_t matrix = item / cut_.per_matrix;
+    const double mean = T(core::sum(row_sums_ + matrix * cut_.per_matrix, cut_.per_matrix) / double(x_.rows));
+    factor_rows(r.first, r.last, mean);
+    double u_squares = 0.0;
+    for (int64_t row = r.first; row < r.last; ++row) u_squares += row_squares(row);
+    u_squares_[item] = u_squares;
+  }
+
+  // Small matrices: all that stands between two reads of g happens while it is in the cache.
+  void measure_matrices(int64_t item) const {
+    const Range r = range(item);
+    double sums[tile], u_squares = 0.0;
+    for (int64_t first = r.first; first < r.last; first += x_.rows) {
+      double row_sum = 0.0;
+      const int64_t begin = first / x_.rows * x_.cols;
+      for (int64_t row = first; row < first + x_.rows; ++row) {
+        row_sum += average_row(row, x_.cols <= few ? few_squares(row) : scaled_squares(x_.g + row * x_.cols, x_.cols));
+      }
+      for (int64_t done = 0; done < x_.cols; done += tile) {
+        const int64_t m = smaller(tile, x_.cols - done);
+        column_sums(first, done, m, sums);
+        for (int64_t j = 0; j < m; ++j) average_column(begin + done + j, sums[j]);
+      }
+      factor_rows(first, first + x_.rows, T(row_sum / double(x_.rows)));
+      for (int64_t row = first; row < first + x_.rows; ++row) {
+        u_squares += x_.cols <= few ? few_update_squares(row) : row_squares(row);
+      }
+    }
+    u_squares_[item] = u_squares;
+    p_squares_[item] = squares(x_.p + r.first * x_.cols, (r.last - r.first) * x_.cols);
+  }
+
+  double scaled_squares(const T* g, int64_t n) const {
+    T terms[tile];
+    double total = 0.0;
+    for (int64_t done = 0; done < n; done += tile) {
+      const int64_t m = smaller(tile, n - done);
+      scaled_square(g + done, x_.grad_coef, terms, m);
+      total += core::sum(terms, m);
+    }
+    return total;
+  }
+
+  void column_sums(int64_t first, int64_t column, int64_t n, double* sums) const {
+    for (int64_t j = 0; j < n; ++j) sums[j] = 0.0;
+    for (int64_t row = first; row < first + x_.rows; ++row) {
+      const T* const g = x_.g + row * x_.cols + column;
+      for (int64_t j = 0; j < n; ++j) {
+        const T scaled = g[j] * x_.grad_coef;
+        sums[j] += scaled * scaled;
+      }
+    }
+  }
+
+  // Rows of a convolution's kernels, too short for tiles.
+  static constexpr int64_t few = 8;
+
+  double few_squares(int64_t row) const {
+    const T* const g = x_.g + row * x_.cols;
+    double total = 0.0;
+    for (int64_t j = 0; j < x_.cols; ++j) {
+      const T scaled = g[j] * x_.grad_coef;
+      total += scaled * scaled;
+    }
+    return total;
+  }
+  double few_update_squares(int64_t row) const {
+    const T* const g = x_.g + row * x_.cols;
+    const T* const col = col_factors_ + row / x_.rows * x_.cols;
+    double total = 0.0;
+    for (int64_t j = 0; j < x_.cols; ++j) {
+      const T u = Adafactor::factored(g[j] * x_.grad_coef, row_factors_[row], col[j], largest());
+      total += u * u;
+    }
+    return total;
+  }
+
+  void apply_rows(int64_t item) const {
+    const Range r = range(item);
+    const T keep = T(rule_.keep), size = T(*step_size_), most = largest();
+    int64_t left = 0, matrix = r.first / x_.rows;
+    for (int64_t row = r.first; row < r.last; ++row) {
+      const T* const col = col_factors_ + matrix * x_.cols;
+      const int64_t at = row * x_.cols;
+      update(x_.p + at, x_.g + at, x_.grad_coef, row_factors_[row], col, most, keep, size, x_.cols);
+      if (++left == x_.rows) {
+        left = 0;
+        ++matrix;
+      }
+    }
+  }
+
+  void apply_vector(int64_t item) const {
+    const Range r = range(item);
+    vector_update(x_.p + r.first, x_.g + r.first, x_.grad_coef, x_.col_var + r.first, T(rule_.eps1), T(rule_.keep),
+                  T(*step_size_), r.last - r.first);
+  }
+
+  Adafactor rule_;
+  AdafactorTensor<T> x_;
+  AdafactorCut cut_;
+  double* step_size_;
+  double* p_squares_;
+  double* u_squares_;
+  double* row_sums_;
+  double* col_sums_;
+  T* row_factors_;
+  T* col_factors_;
+};
+
+}  // namespace pytrain::PT_ISA::rules

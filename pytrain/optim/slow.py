@@ -1,0 +1,116 @@
+"""The torch path: one parameter stepped by the rule's reference, in every storage format that the kernels have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pytrain.optim.states import Entry, UnfitError, conform, lay_out, make, needed
+from pytrain.optim.storage import LOW_PRECISION, decode_param, decode_state, encode_param, encode_state, random_bits
+
+if TYPE_CHECKING:
+    from pytrain.optim.base import FusedOptimizer
+
+
+def check(optimizer: FusedOptimizer, entry: Entry) -> None:
+    """Raise UnfitError, before anything is written, where a gradient cannot be stepped with."""
+    grad = entry.param.grad
+    if grad is None:
+        return
+    if grad.shape != entry.param.shape:
+        raise UnfitError(
+            f"{entry.where}: its gradient has shape {tuple(grad.shape)}, expected {tuple(entry.param.shape)}"
+        )
+    if grad.layout != torch.strided and not optimizer.takes_sparse:
+        raise UnfitError(
+            f"{entry.where}: its gradient has layout {grad.layout}, which this optimizer does not take; "
+            "use torch.optim.SparseAdam or pytrain.optim.SGD"
+        )
+
+
+def check_disjoint(param: Tensor, where: str) -> None:
+    """As the kernels do: an element that is another one too would be stepped twice."""
+    if param.layout != torch.strided or not param.numel():
+        return
+    reach = 0  # the largest offset that the dimensions so far can add up to
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise UnfitError(
+                f"{where}: it has elements that share memory (for instance from expand()); pass a contiguous tensor"
+            )
+        reach += stride * (size - 1)
+
+
+def is_finite(entry: Entry) -> bool:
+    """Whether the gradient has neither inf nor nan; none has none."""
+    grad = entry.param.grad
+    if grad is None:
+        return True
+    values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+    return bool(values.isfinite().all())
+
+
+@torch.no_grad()
+def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], inv_scale: float) -> None:
+    """Step one parameter: what is kept in fewer bits in fp32, complex numbers as pairs of reals.
+
+    Args:
+        row: the gradient's sign, then the rule's hyperparameters.
+    """
+    param, rule, formats, grad = entry.param, entry.rule, entry.formats, entry.param.grad
+    if grad is None:
+        return
+    sign, *values = row
+    hypers = dict(zip(rule.hypers, values, strict=True))
+    state = optimizer.state.get(param, {})
+    first = any(state.get(name) is None for name in rule.states)
+    keys = needed(optimizer, rule, formats)
+    if keys:
+        state = optimizer.state[param]
+        conform(optimizer, entry)
+        for key in sorted(keys, key=lambda key: key != "step"):
+            if state.get(key) is None:
+                make(optimizer, entry, key)
+        if param.layout == torch.strided and not param.is_complex():
+            lay_out(optimizer, entry, set())
+    if grad.layout != torch.strided:
+        if not keys and not hypers["weight_decay"]:
+            param.add_(grad, alpha=-sign * inv_scale * hypers["lr"])
+            return
+        grad = grad.to_dense()
+    t = 1.0 if first else 2.0
+    if optimizer.counts_steps:
+        state["step"] += 1
+        t = float(state["step"])
+
+    def real(x: Tensor) -> Tensor:
+        return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+    low = param.dtype in LOW_PRECISION
+    p = decode_param(param, state.get(formats.keep), formats.keep) if low else real(param.detach())
+    g = grad.float() if low else real(grad).to(p.dtype)
+    states = [real(decode_state(state, n, kind)) for n, kind in zip(rule.states, formats.states, strict=True)]
+    u = rule.reference(p, g * (sign * inv_scale), *states, *(state[n] for n in rule.scalars), t=t, **hypers)
+    new = p - u
+
+    def random(stream: int) -> Tensor | None:
+        storage = optimizer.storage
+        if not storage.stochastic:
+            return None
+        return random_bits(storage.seed, entry.number, stream, t, param.numel())
+
+    for i, (name, kind) in enumerate(zip(rule.states, formats.states, strict=True)):
+        if not param.is_complex():
+            encode_state(state, name, kind, states[i], None if kind in ("fp32", "fp64") else random(1 + i))
+    if low:
+        new = encode_param(param, state.get(formats.keep), formats.keep, new, None if formats.keep else random(0))
+    else:
+        p.copy_(new)
+    if formats.ema:
+        average, decay = state["ema"], optimizer.storage.ema_decay
+        assert decay is not None
+        average.lerp_(new.to(average.dtype), 1.0 if t == 1.0 else 1 - decay)
+    if optimizer.storage.zero_grad and param.grad is not None:
+        param.grad = torch.zeros_like(param)

@@ -1,0 +1,249 @@
+"""The state of each parameter: which tensors it has under a storage format, made, converted and laid out for a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pytrain.optim.storage import (
+    CODE_BLOCK,
+    CODES,
+    DTYPES,
+    FORMATS,
+    KEEPS,
+    LOW_PRECISION,
+    SCALE,
+    coded,
+    decode_param,
+    decode_state,
+    encode_param,
+    encode_state,
+)
+
+if TYPE_CHECKING:
+    from pytrain.optim.base import FusedOptimizer, Rule
+
+SMALL, BLOCK_BYTES = 16384, 2**20  # states of up to so many elements share blocks of up to so many bytes
+
+
+class UnfitError(ValueError):
+    """A parameter, gradient or state that cannot be stepped; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How one parameter and its states are kept: `states` beside `Rule.states`, `keep` as in storage.KEEPS."""
+
+    states: tuple[str, ...]
+    keep: str
+    ema: bool
+
+    @property
+    def coded(self) -> bool:
+        """Whether a state is in 8-bit codes, which no inf or nan may enter."""
+        return any(kind in CODES for kind in self.states)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter of an optimizer: its place, its rule, and how it is kept."""
+
+    param: Tensor
+    group: int
+    options: dict[str, Any]  # the group
+    number: int  # in the order of all param groups, as in a state_dict
+    where: str
+    rule: Rule
+    formats: Formats
+
+
+def formats_of(optimizer: FusedOptimizer, rule: Rule, param: Tensor) -> Formats:
+    """The formats that the options ask for; without `state_dtype` a state stays in the dtype that it has."""
+    storage, state = optimizer.storage, optimizer.state.get(param, {})
+    drop_in = hasattr(torch.optim, type(optimizer).__name__)
+    kinds = tuple(storage.format(rule, name, param, state.get(name), drop_in=drop_in) for name in rule.states)
+    return Formats(kinds, storage.kept(param), storage.ema_decay is not None)
+
+
+def needed(optimizer: FusedOptimizer, rule: Rule, formats: Formats) -> list[str]:
+    """The keys that a parameter's state must have."""
+    keys = [*rule.states, *rule.scalars]
+    keys += [name + SCALE for name, kind in zip(rule.states, formats.states, strict=True) if kind in CODES]
+    keys += [formats.keep] if formats.keep else []
+    keys += ["ema"] if formats.ema else []
+    return [*keys, "step"] if optimizer.counts_steps else keys
+
+
+def check_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str) -> None:
+    """Raise UnfitError where a state has another shape or device than its parameter."""
+    for name in (*rule.states, *KEEPS[1:], "ema"):
+        value = state.get(name)
+        if value is not None and (value.shape != param.shape or value.device != param.device):
+            raise UnfitError(
+                f"{where}: its state {name!r} has shape {tuple(value.shape)} on {value.device}, "
+                f"expected {tuple(param.shape)} on {param.device}"
+            )
+
+
+def conform(optimizer: FusedOptimizer, entry: Entry) -> None:
+    """Convert what there is of a parameter's state to its formats: a checkpoint may come from other ones."""
+    param, rule, formats = entry.param, entry.rule, entry.formats
+    state = optimizer.state.get(param)
+    if not state or param.is_complex():
+        return
+    for name, kind in zip(rule.states, formats.states, strict=True):
+        value = state.get(name)
+        if value is None or value.dtype == _dtype(param, kind):
+            continue
+        x = decode_state(state, name, coded(rule, name) if value.dtype == torch.uint8 else "fp32")
+        state.pop(name + SCALE, None)
+        _allocate(state, param, name, kind)
+        wide = torch.float64 if kind == "fp64" else torch.float32
+        encode_state(state, name, kind, torch.empty_like(param, dtype=wide).copy_(x))
+    for keep in KEEPS[1:]:
+        kept = state.get(keep)
+        if kept is None or keep == formats.keep:
+            continue
+        x = decode_param(param, kept, keep)
+        del state[keep]
+        if formats.keep:
+            make(optimizer, entry, formats.keep)
+            encode_param(param, state[formats.keep], formats.keep, x)
+
+
+def make(optimizer: FusedOptimizer, entry: Entry, key: str) -> None:
+    """Give a parameter one entry of its state that it does not have."""
+    param, rule = entry.param, entry.rule
+    state = optimizer.state[param]
+    if key in rule.states:
+        kind = entry.formats.states[rule.states.index(key)]
+        begin = optimizer.initial(key, param, entry.options)
+        _allocate(state, param, key, kind)
+        if isinstance(begin, Tensor) or begin != 0.0:
+            values = begin if isinstance(begin, Tensor) else torch.full_like(param, begin, requires_grad=False)
+            encode_state(state, key, kind, values.detach() if kind == "fp64" else values.detach().float())
+    elif key == "step":
+        # A checkpoint without counts but with a momentum is past its first step.
+        past = rule.counts and any(state.get(name) is not None for name in rule.states)
+        state[key] = torch.full((), float(past), dtype=torch.float32, device="cpu")
+    elif key == "ema":
+        state[key] = param.detach().to(torch.float32 if param.dtype in LOW_PRECISION else param.dtype, copy=True)
+    elif key == "master":
+        state[key] = param.detach().to(torch.float32, copy=True)
+    elif key == "master_low":
+        state[key] = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+    elif key == "compensation":
+        state[key] = torch.zeros_like(param, requires_grad=False)
+    elif key in rule.scalars:
+        begin = optimizer.initial(key, param, entry.options)
+        state[key] = torch.full((), float(begin), dtype=torch.float32, device="cpu")
+
+
+def _dtype(param: Tensor, kind: str) -> torch.dtype:
+    return param.dtype if kind == "fp64" else DTYPES[FORMATS.index(kind)]
+
+
+def _allocate(state: dict[str, Tensor], param: Tensor, name: str, kind: str) -> None:
+    """Memory for a state, and for its scales where it is coded."""
+    state[name] = torch.zeros_like(param, dtype=_dtype(param, kind), requires_grad=False)
+    if kind in CODES:
+        state[name + SCALE] = torch.zeros(-(-param.numel() // CODE_BLOCK), dtype=torch.float32, device="cpu")
+
+
+def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
+    """Give parameters the state that they lack; small zeros from common blocks, which are quick to make and to walk."""
+    small: dict[torch.dtype, list[tuple[Tensor, str]]] = {}
+    for entry in entries:
+        param, rule, formats = entry.param, entry.rule, entry.formats
+        keys = needed(optimizer, rule, formats)
+        if not keys:
+            continue
+        state = optimizer.state[param]
+        shared = param.numel() <= SMALL and param.is_contiguous()
+        fresh = all(state.get(name) is None for name in rule.states)
+        for key in sorted(keys, key=lambda key: key != "step"):
+            if state.get(key) is not None:
+                continue
+            begin = optimizer.initial(key, param, entry.options) if key in rule.states else 0.0
+            zero = not isinstance(begin, Tensor) and begin == 0.0
+            if shared and zero and key in rule.states and formats.states[rule.states.index(key)] not in CODES:
+                kind = formats.states[rule.states.index(key)]
+                small.setdefault(_dtype(param, kind), []).append((param, key))
+            elif shared and fresh and key == "step":
+                small.setdefault(torch.float32, []).append((param, key))
+            else:
+                make(optimizer, entry, key)
+    for dtype, needs in small.items():
+        _make_small(optimizer, dtype, needs)
+
+
+def _make_small(optimizer: FusedOptimizer, dtype: torch.dtype, needs: list[tuple[Tensor, str]]) -> None:
+    per_line = 64 // dtype.itemsize  # each tensor starts a cache line, but for the step counts
+    sizes = [1 if name == "step" else -(-param.numel() // per_line) * per_line for param, name in needs]
+    at = 0
+    while at < len(needs):
+        end, total = at, 0
+        while end < len(needs) and (end == at or (total + sizes[end]) * dtype.itemsize <= BLOCK_BYTES):
+            total += sizes[end]
+            end += 1
+        block, offset = torch.zeros(total, dtype=dtype, device="cpu"), 0
+        for (param, name), size in zip(needs[at:end], sizes[at:end], strict=True):
+            shape = () if name == "step" else param.shape
+            optimizer.state[param][name] = block[offset : offset + math.prod(shape)].view(shape)
+            offset += size
+        at = end
+
+
+def lay_out(optimizer: FusedOptimizer, entry: Entry, seen: set[int]) -> None:
+    """Replace each tensor by a copy where it lies in memory unlike the parameter, or where another parameter has it."""
+    param, rule, formats = entry.param, entry.rule, entry.formats
+    state = optimizer.state.get(param, {})
+    layout = param if param.is_contiguous() else torch.empty_like(param, device="meta")
+    kinds = dict(zip(rule.states, formats.states, strict=True))
+    for name in (*rule.states, *([formats.keep] if formats.keep else []), *(["ema"] if formats.ema else [])):
+        value = state[name]
+        if value.stride() != layout.stride() or id(value) in seen:
+            kind = kinds.get(name, "")
+            x = decode_state(state, name, kind) if kind in CODES else value
+            state[name] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+            if kind in CODES:
+                state[name + SCALE] = state[name + SCALE].clone()
+                encode_state(state, name, kind, torch.empty_like(param, dtype=torch.float32).copy_(x))
+            else:
+                state[name].copy_(value)
+        seen.add(id(state[name]))
+    for name in (*rule.scalars, *(["step"] if optimizer.counts_steps else [])):
+        state[name] = lay_out_number(state[name], seen)
+
+
+def lay_out_number(value: Tensor | float, seen: set[int]) -> Tensor:
+    """A count or scalar as one float32 on the CPU, whatever an older checkpoint holds; no two parameters share one."""
+    good = (
+        isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu" and value.numel() == 1
+    )
+    if not good or id(value) in seen:
+        value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    assert isinstance(value, Tensor)
+    seen.add(id(value))
+    return value
+
+
+def plain(optimizer: FusedOptimizer, param: Tensor, rule: Rule) -> dict[str, Tensor]:
+    """A parameter's state as torch.optim keeps it: fp32 (or wider) tensors, without what our formats add."""
+    state = optimizer.state.get(param, {})
+    formats = formats_of(optimizer, rule, param)
+    kinds = dict(zip(rule.states, formats.states, strict=True))
+    added = {*KEEPS, "ema", *(name + SCALE for name in rule.states)}
+    if not optimizer.steps_in_state:
+        added.add("step")
+    out = {}
+    for key, value in state.items():
+        if key in kinds:
+            out[key] = decode_state(state, key, kinds[key]).clone()
+        elif key not in added:
+            out[key] = value
+    return out
