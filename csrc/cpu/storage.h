@@ -64,6 +64,9 @@ __attribute__((noinline)) void encode_low_bits_tile(const float* __restrict__ fr
 __attribute__((noinline)) void random_tile(const core::RandomStream& stream, int64_t number,
                                            uint16_t* __restrict__ to) {
   const core::RandomStream s = stream;
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#endif
   for (int64_t lane = 0; lane < core::random_lanes; ++lane) {
     uint32_t words[4];
     s.call(number * core::random_lanes + lane, words);
@@ -466,8 +469,8 @@ void take_sums(const Job& job, int64_t begin, int64_t end) {
 
 // An inf or nan has an exponent of ones.
 __attribute__((noinline)) bool finite_words(const uint16_t* x, int64_t n, uint16_t exponent) {
-  uint16_t bad = 0;
-  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint16_t>((x[i] & exponent) == exponent);
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>((x[i] & exponent) == exponent);
   return bad == 0;
 }
 
@@ -477,10 +480,19 @@ __attribute__((noinline)) bool finite_words(const uint32_t* x, int64_t n, uint32
   return bad == 0;
 }
 
-__attribute__((noinline)) bool finite_words(const uint64_t* x, int64_t n, uint64_t exponent) {
-  uint64_t bad = 0;
-  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>((x[i] & exponent) == exponent);
-  return bad == 0;
+// 64-bit integers do not compare in SSE2: 0 times an inf or nan is nan, and stays nan in a sum.
+__attribute__((noinline)) bool finite_words(const double* x, int64_t n) {
+  core::Lanes total = {};
+  int64_t i = 0;
+  for (; i + core::sum_lanes <= n; i += core::sum_lanes) {
+    core::Lanes lanes;
+    __builtin_memcpy(&lanes, x + i, sizeof lanes);
+    total += lanes * 0.0;
+  }
+  for (; i < n; ++i) total[0] += x[i] * 0.0;
+  double sum = 0.0;
+  for (int lane = 0; lane < core::sum_lanes; ++lane) sum += total[lane];
+  return sum == 0.0;
 }
 
 bool all_finite(const Job& job, int64_t begin, int64_t end) {
@@ -489,7 +501,7 @@ bool all_finite(const Job& job, int64_t begin, int64_t end) {
     const void* const g = job.segments[i].grad;
     switch (job.storage.param) {
       case Format::fp64:
-        good &= finite_words(static_cast<const uint64_t*>(g) + first, n, uint64_t{0x7ff0000000000000});
+        good &= finite_words(static_cast<const double*>(g) + first, n);
         break;
       case Format::bf16:
         good &= finite_words(static_cast<const uint16_t*>(g) + first, n, uint16_t{0x7f80});

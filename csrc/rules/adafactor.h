@@ -46,9 +46,8 @@ struct Adafactor {
     return rho * (rms > eps2 ? rms : eps2) / (excess > 1.0 ? excess : 1.0);
   }
 
-  // 1/sqrt(r c / mean) is row_factor times column_factor, so that an element costs no root and no division.
-  PT_HD double row_factor(double r, double mean) const { return 1.0 / square_root(r / (mean < eps1 ? eps1 : mean)); }
-  PT_HD double column_factor(double c) const { return 1.0 / square_root(c); }
+  // 1/sqrt(r c / mean) is 1/sqrt(r / row_divisor(mean)) times 1/sqrt(c): no root and no division for an element.
+  PT_HD double row_divisor(double mean) const { return mean < eps1 ? eps1 : mean; }
 
   template <class T>
   PT_HD static T factored(T g, T row_factor, T column_factor, T largest) {
@@ -91,7 +90,7 @@ struct AdafactorCut {
   int64_t per_matrix;  // items of one matrix, if large
   int64_t items;
 
-  PT_HD AdafactorCut(int64_t batch, int64_t rows, int64_t cols, bool matrix)
+  AdafactorCut(int64_t batch, int64_t rows, int64_t cols, bool matrix)
       : batch(batch), rows(rows), cols(cols), matrix(matrix), whole(matrix && rows * cols <= block), per_matrix(1) {
     if (!matrix) {
       span = block;
@@ -106,11 +105,11 @@ struct AdafactorCut {
     }
   }
 
-  PT_HD bool large() const { return matrix && !whole; }
-  PT_HD int64_t tiles() const { return (cols + tile - 1) / tile; }
+  bool large() const { return matrix && !whole; }
+  int64_t tiles() const { return (cols + tile - 1) / tile; }
   // The workspace: doubles for sums, and elements of T for the factors. It need not be cleared.
-  PT_HD int64_t doubles() const { return 1 + 3 * items + (large() ? items * cols : 0); }
-  PT_HD int64_t factors() const { return matrix ? batch * (rows + cols) : 0; }
+  int64_t doubles() const { return 1 + 3 * items + (large() ? items * cols : 0); }
+  int64_t factors() const { return matrix ? batch * (rows + cols) : 0; }
 };
 
 // One step of one tensor: for each phase from the first to the last, run every item once, then wait for all of them.
@@ -192,22 +191,6 @@ class AdafactorStep {
   __attribute__((noinline)) static void square(const T* __restrict__ x, T* __restrict__ to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = x[i] * x[i];
   }
-  // Squares go into both sums: those of the columns, and (returned) that of the row.
-  static double both_squares(const T* g, double* sums, int64_t n, T coef, bool first) {
-    T terms[tile];
-    double total = 0.0;
-    for (int64_t done = 0; done < n; done += tile) {
-      const int64_t m = smaller(tile, n - done);
-      scaled_square(g + done, coef, terms, m);
-      if (first) {
-        put_columns(terms, sums + done, m);
-      } else {
-        add_to_columns(terms, sums + done, m);
-      }
-      total += core::sum(terms, m);
-    }
-    return total;
-  }
   __attribute__((noinline)) static void scaled_square(const T* __restrict__ g, T coef, T* __restrict__ to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = (g[i] * coef) * (g[i] * coef);
   }
@@ -245,15 +228,83 @@ class AdafactorStep {
     for (int64_t i = 0; i < n; ++i) p[i] = p[i] * keep - size * Adafactor::unfactored(g[i] * coef, v[i], eps1);
   }
 
-  // ---- the phases ----------------------------------------------------------------------------------------------------
+  __attribute__((noinline)) static void average(T* __restrict__ var, const T* __restrict__ mean, T weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) var[i] = lerp(var[i], mean[i], weight);
+  }
+  __attribute__((noinline)) static void inverse_roots(const T* __restrict__ x, double divisor, T* __restrict__ to,
+                                                      int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = T(1.0 / square_root(double(x[i]) / divisor));
+  }
+
+  // ---- sums of a row; the rows of a convolution's matrices are too short for tiles ----------------------------------
+
+  static constexpr int64_t few = 8;
 
   T largest() const { return T(1.0 / rule_.eps1); }
 
-  double row_squares(int64_t row) const {  // of u
+  double scaled_squares(const T* g) const {
     T terms[tile];
+    double total = 0.0;
+    if (x_.cols <= few) {
+      for (int64_t j = 0; j < x_.cols; ++j) total += (g[j] * x_.grad_coef) * (g[j] * x_.grad_coef);
+      return total;
+    }
+    for (int64_t done = 0; done < x_.cols; done += tile) {
+      const int64_t m = smaller(tile, x_.cols - done);
+      scaled_square(g + done, x_.grad_coef, terms, m);
+      total += core::sum(terms, m);
+    }
+    return total;
+  }
+
+  // The same, and each square goes into the sum of its column too.
+  double both_squares(const T* g, double* sums, bool first) const {
+    T terms[tile];
+    double total = 0.0;
+    for (int64_t done = 0; done < x_.cols; done += tile) {
+      const int64_t m = smaller(tile, x_.cols - done);
+      scaled_square(g + done, x_.grad_coef, terms, m);
+      if (first) {
+        put_columns(terms, sums + done, m);
+      } else {
+        add_to_columns(terms, sums + done, m);
+      }
+      total += core::sum(terms, m);
+    }
+    return total;
+  }
+
+  void column_means(int64_t matrix, int64_t column, int64_t n) const {
+    double sums[tile];
+    for (int64_t j = 0; j < n; ++j) sums[j] = 0.0;
+    for (int64_t row = matrix * x_.rows; row < (matrix + 1) * x_.rows; ++row) {
+      const T* const g = x_.g + row * x_.cols + column;
+      for (int64_t j = 0; j < n; ++j) sums[j] += (g[j] * x_.grad_coef) * (g[j] * x_.grad_coef);
+    }
+    T* const means = col_factors_ + matrix * x_.cols + column;
+    for (int64_t j = 0; j < n; ++j) means[j] = T(sums[j] / double(x_.rows));
+  }
+
+  double row_sum(int64_t row) const {
+    if (x_.rows > few) return core::sum(x_.row_var + row, x_.rows);
+    double total = 0.0;
+    for (int64_t i = 0; i < x_.rows; ++i) total += x_.row_var[row + i];
+    return total;
+  }
+
+  // Of u.
+  double row_squares(int64_t row) const {
     const T* const g = x_.g + row * x_.cols;
     const T* const col = col_factors_ + row / x_.rows * x_.cols;
+    T terms[tile];
     double total = 0.0;
+    if (x_.cols <= few) {
+      for (int64_t j = 0; j < x_.cols; ++j) {
+        const T u = Adafactor::factored(g[j] * x_.grad_coef, row_factors_[row], col[j], largest());
+        total += u * u;
+      }
+      return total;
+    }
     for (int64_t done = 0; done < x_.cols; done += tile) {
       const int64_t m = smaller(tile, x_.cols - done);
       update_squares(g + done, x_.grad_coef, row_factors_[row], col + done, largest(), terms, m);
@@ -262,19 +313,18 @@ class AdafactorStep {
     return total;
   }
 
-  // r of these rows becomes its factor where the mean over the matrix is known.
-  void factor_rows(int64_t first, int64_t last, double mean) const {
-    for (int64_t row = first; row < last; ++row) row_factors_[row] = T(rule_.row_factor(x_.row_var[row], mean));
-  }
+  // ---- the phases ----------------------------------------------------------------------------------------------------
 
-  void average_column(int64_t at, double squares) const {
-    const T c = lerp(x_.col_var[at], T(squares / double(x_.rows)), T(rule_.weight));
-    x_.col_var[at] = c;
-    col_factors_[at] = T(rule_.column_factor(c));
+  // The averages of n rows (from `row`) or columns (from `column`), whose new means stand where their factors will.
+  void average_rows(int64_t row, int64_t n) const {
+    average(x_.row_var + row, row_factors_ + row, T(rule_.weight), n);
   }
-
-  T average_row(int64_t row, double squares) const {
-    return x_.row_var[row] = lerp(x_.row_var[row], T(squares / double(x_.cols)), T(rule_.weight));
+  void average_columns(int64_t column, int64_t n) const {
+    average(x_.col_var + column, col_factors_ + column, T(rule_.weight), n);
+    inverse_roots(x_.col_var + column, 1.0, col_factors_ + column, n);
+  }
+  void factor_rows(int64_t row, int64_t n, double mean) const {
+    inverse_roots(x_.row_var + row, rule_.row_divisor(T(mean)), row_factors_ + row, n);
   }
 
   void measure_vector(int64_t item) const {
@@ -294,31 +344,32 @@ class AdafactorStep {
   // A large matrix: its row averages are done here, its columns are left as sums.
   void measure_rows(int64_t item) const {
     const Range r = range(item);
-    double p_squares = 0.0, row_sum = 0.0;
+    double p_squares = 0.0;
     for (int64_t row = r.first; row < r.last; ++row) {
       const T* const g = x_.g + row * x_.cols;
-      row_sum += average_row(row, both_squares(g, col_sums_ + item * x_.cols, x_.cols, x_.grad_coef, row == r.first));
+      row_factors_[row] = T(both_squares(g, col_sums_ + item * x_.cols, row == r.first) / double(x_.cols));
       p_squares += squares(x_.p + row * x_.cols, x_.cols);
     }
+    average_rows(r.first, r.last - r.first);
     p_squares_[item] = p_squares;
-    row_sums_[item] = row_sum;
+    row_sums_[item] = core::sum(x_.row_var + r.first, r.last - r.first);
   }
 
   void add_columns(int64_t matrix, int64_t number) const {
-    const int64_t first = number * tile, m = smaller(tile, x_.cols - first);
+    const int64_t first = number * tile, m = smaller(tile, x_.cols - first), at = matrix * x_.cols + first;
     const double* const sums = col_sums_ + matrix * cut_.per_matrix * x_.cols + first;
     double totals[tile] = {};
     for (int64_t k = 0; k < cut_.per_matrix; ++k) {
       for (int64_t j = 0; j < m; ++j) totals[j] += sums[k * x_.cols + j];
     }
-    for (int64_t j = 0; j < m; ++j) average_column(matrix * x_.cols + first + j, totals[j]);
+    for (int64_t j = 0; j < m; ++j) col_factors_[at + j] = T(totals[j] / double(x_.rows));
+    average_columns(at, m);
   }
 
   void clip_rows(int64_t item) const {
     const Range r = range(item);
-    const int64_t matrix = item / cut_.per_matrix;
-    const double mean = T(core::sum(row_sums_ + matrix * cut_.per_matrix, cut_.per_matrix) / double(x_.rows));
-    factor_rows(r.first, r.last, mean);
+    const double* const sums = row_sums_ + item / cut_.per_matrix * cut_.per_matrix;
+    factor_rows(r.first, r.last - r.first, core::sum(sums, cut_.per_matrix) / double(x_.rows));
     double u_squares = 0.0;
     for (int64_t row = r.first; row < r.last; ++row) u_squares += row_squares(row);
     u_squares_[item] = u_squares;
@@ -327,83 +378,42 @@ class AdafactorStep {
   // Small matrices: all that stands between two reads of g happens while it is in the cache.
   void measure_matrices(int64_t item) const {
     const Range r = range(item);
-    double sums[tile], u_squares = 0.0;
-    for (int64_t first = r.first; first < r.last; first += x_.rows) {
-      double row_sum = 0.0;
-      const int64_t begin = first / x_.rows * x_.cols;
-      for (int64_t row = first; row < first + x_.rows; ++row) {
-        row_sum += average_row(row, x_.cols <= few ? few_squares(row) : scaled_squares(x_.g + row * x_.cols, x_.cols));
+    const int64_t first = r.first / x_.rows, last = r.last / x_.rows;
+    for (int64_t matrix = first; matrix < last; ++matrix) {
+      const int64_t row = matrix * x_.rows;
+      for (int64_t i = 0; i < x_.rows; ++i) {
+        row_factors_[row + i] = T(scaled_squares(x_.g + (row + i) * x_.cols) / double(x_.cols));
       }
-      for (int64_t done = 0; done < x_.cols; done += tile) {
-        const int64_t m = smaller(tile, x_.cols - done);
-        column_sums(first, done, m, sums);
-        for (int64_t j = 0; j < m; ++j) average_column(begin + done + j, sums[j]);
-      }
-      factor_rows(first, first + x_.rows, T(row_sum / double(x_.rows)));
-      for (int64_t row = first; row < first + x_.rows; ++row) {
-        u_squares += x_.cols <= few ? few_update_squares(row) : row_squares(row);
-      }
+      for (int64_t done = 0; done < x_.cols; done += tile) column_means(matrix, done, smaller(tile, x_.cols - done));
+    }
+    average_rows(r.first, r.last - r.first);
+    average_columns(first * x_.cols, (last - first) * x_.cols);
+    double u_squares = 0.0;
+    for (int64_t matrix = first; matrix < last; ++matrix) {
+      const int64_t row = matrix * x_.rows;
+      factor_rows(row, x_.rows, row_sum(row) / double(x_.rows));
+      for (int64_t i = 0; i < x_.rows; ++i) u_squares += row_squares(row + i);
     }
     u_squares_[item] = u_squares;
     p_squares_[item] = squares(x_.p + r.first * x_.cols, (r.last - r.first) * x_.cols);
   }
 
-  double scaled_squares(const T* g, int64_t n) const {
-    T terms[tile];
-    double total = 0.0;
-    for (int64_t done = 0; done < n; done += tile) {
-      const int64_t m = smaller(tile, n - done);
-      scaled_square(g + done, x_.grad_coef, terms, m);
-      total += core::sum(terms, m);
-    }
-    return total;
-  }
-
-  void column_sums(int64_t first, int64_t column, int64_t n, double* sums) const {
-    for (int64_t j = 0; j < n; ++j) sums[j] = 0.0;
-    for (int64_t row = first; row < first + x_.rows; ++row) {
-      const T* const g = x_.g + row * x_.cols + column;
-      for (int64_t j = 0; j < n; ++j) {
-        const T scaled = g[j] * x_.grad_coef;
-        sums[j] += scaled * scaled;
-      }
-    }
-  }
-
-  // Rows of a convolution's kernels, too short for tiles.
-  static constexpr int64_t few = 8;
-
-  double few_squares(int64_t row) const {
-    const T* const g = x_.g + row * x_.cols;
-    double total = 0.0;
-    for (int64_t j = 0; j < x_.cols; ++j) {
-      const T scaled = g[j] * x_.grad_coef;
-      total += scaled * scaled;
-    }
-    return total;
-  }
-  double few_update_squares(int64_t row) const {
-    const T* const g = x_.g + row * x_.cols;
-    const T* const col = col_factors_ + row / x_.rows * x_.cols;
-    double total = 0.0;
-    for (int64_t j = 0; j < x_.cols; ++j) {
-      const T u = Adafactor::factored(g[j] * x_.grad_coef, row_factors_[row], col[j], largest());
-      total += u * u;
-    }
-    return total;
-  }
-
   void apply_rows(int64_t item) const {
     const Range r = range(item);
     const T keep = T(rule_.keep), size = T(*step_size_), most = largest();
-    int64_t left = 0, matrix = r.first / x_.rows;
-    for (int64_t row = r.first; row < r.last; ++row) {
+    for (int64_t row = r.first; row < r.last;) {
+      const int64_t matrix = row / x_.rows;
       const T* const col = col_factors_ + matrix * x_.cols;
-      const int64_t at = row * x_.cols;
-      update(x_.p + at, x_.g + at, x_.grad_coef, row_factors_[row], col, most, keep, size, x_.cols);
-      if (++left == x_.rows) {
-        left = 0;
-        ++matrix;
+      for (const int64_t end = smaller(r.last, (matrix + 1) * x_.rows); row < end; ++row) {
+        T* const p = x_.p + row * x_.cols;
+        const T* const g = x_.g + row * x_.cols;
+        if (x_.cols > few) {
+          update(p, g, x_.grad_coef, row_factors_[row], col, most, keep, size, x_.cols);
+        } else {
+          for (int64_t j = 0; j < x_.cols; ++j) {
+            p[j] = p[j] * keep - size * Adafactor::factored(g[j] * x_.grad_coef, row_factors_[row], col[j], most);
+          }
+        }
       }
     }
   }

@@ -12,7 +12,7 @@ namespace pytrain::PT_ISA::rules {
 // 1 where a and b are both above or both below zero, else 0: by their signs, as a product can vanish.
 template <class T>
 PT_HD T agree(T a, T b) {
-  return T(((a > T(0)) & (b > T(0))) | ((a < T(0)) & (b < T(0))));
+  return T(sign(a) * sign(b) > T(0));
 }
 
 // What makes up for the directions that are left out.

@@ -20,24 +20,25 @@ struct RAdam : AdamMoments {
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, decay;
   };
-  double weight_decay, decay, scale;
-  bool rectified;
+  double weight_decay, decay, scale, rectified, rest;
 
   PT_HD RAdam(const Hyper& h, double t)
       : AdamMoments({h.lr, h.beta1, h.beta2, h.eps, 0.0}, t), weight_decay(h.weight_decay), decay(h.lr * h.decay) {
     const double kept = power(h.beta2, t), correction = 1.0 - kept;
     const double rho = 2.0 / (1.0 - h.beta2) - 1.0;
     const double rho_t = rho - 2.0 * t * kept / correction;
-    rectified = rho_t > 5.0;
+    rectified = rho_t > 5.0 ? 1.0 : 0.0;
+    rest = rho_t > 5.0 ? h.eps : 1.0;
     const double square = (rho_t - 4.0) * (rho_t - 2.0) * rho / ((rho - 4.0) * (rho - 2.0) * rho_t);
-    scale = rectified ? step_size * square_root(correction) * square_root(square) : step_size;
+    scale = rho_t > 5.0 ? step_size * square_root(correction) * square_root(square) : step_size;
   }
 
   template <class T>
   PT_HD T operator()(T p, T g, T& m, T& v) const {
     average(penalized(g, p, T(weight_decay)), m, v);
-    const T root = square_root(v) + T(eps);
-    return T(scale) * m / (rectified ? root : T(1)) + decayed(p, T(decay));
+    // Without rectification the root counts 0 times; that of an infinite v must not make it nan.
+    const T root = square_root(v < std::numeric_limits<T>::max() ? v : std::numeric_limits<T>::max());
+    return T(scale) * m / (root * T(rectified) + T(rest)) + decayed(p, T(decay));
   }
 };
 
