@@ -12,10 +12,10 @@
 // from the first element to the last in eight lanes, and over the items in their order. So the result is the same for
 // any number of threads and any instruction set.
 //
-// Memory is passed over as often as the formula's dependences demand. rms(u) needs all of c, which needs all of g, and p
-// needs rms(u): g is read three times, p twice (the first time for its rms) and written once. A matrix that fits into
-// an item, and a vector, need no look at g between: g is read twice, p twice, p is written once. Beside that stand
-// r and c, and for a vector v, read twice and written once.
+// Memory is passed over as often as the formula's dependences demand: rms(u) needs all of c, which needs all of g, and
+// p needs rms(u). So there are three passes over a large matrix: g and p (for its rms) are read; g is read; g and p are
+// read and p is written. There are two over a matrix that fits into an item, and over a vector: the first and the last;
+// those over a vector also read v twice and write it once.
 #pragma once
 
 #include "core/sum.h"
@@ -82,7 +82,7 @@ PT_HD int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 struct AdafactorCut {
   static constexpr int64_t block = 32768;  // elements of an item, about: fp32 p and g of it fit into half an L2
   static constexpr int64_t most = 64;      // items of one matrix, each of which has sums of all its columns
-  static constexpr int64_t tile = 512;     // elements of a piece that is kept in L1, and columns of an item of `columns`
+  static constexpr int64_t tile = 512;     // elements of a piece in L1, and columns of an item of `columns`
 
   int64_t batch, rows, cols;
   bool matrix, whole;  // whole: items of whole matrices
@@ -138,7 +138,7 @@ class AdafactorStep {
     return phase == clip ? cut_.items : cut_.batch * cut_.tiles();
   }
 
-  // The elements of p that items of measure, clip and apply work on, about; an item of columns or settle is a small one.
+  // How many elements of p an item of measure, clip or apply works on, about; items of the others are small.
   int64_t elements() const { return cut_.span * (!x_.matrix ? 1 : cut_.whole ? x_.rows * x_.cols : x_.cols); }
 
   void run(int phase, int64_t begin, int64_t end) const {
@@ -174,7 +174,7 @@ class AdafactorStep {
     return {first + row, first + smaller(x_.rows, row + cut_.span)};
   }
 
-  // ---- loops over contiguous memory; not inlined, so that a disassembly can name them --------------------------------
+  // ---- loops over contiguous memory; not inlined, so that a disassembly can name them -----------------------------
 
   static constexpr int64_t tile = AdafactorCut::tile;
 
@@ -200,8 +200,9 @@ class AdafactorStep {
   __attribute__((noinline)) static void add_to_columns(const T* __restrict__ x, double* __restrict__ sums, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sums[i] += x[i];
   }
-  __attribute__((noinline)) static void update_squares(const T* __restrict__ g, T coef, T row, const T* __restrict__ col,
-                                                       T largest, T* __restrict__ to, int64_t n) {
+  __attribute__((noinline)) static void update_squares(const T* __restrict__ g, T coef, T row,
+                                                       const T* __restrict__ col, T largest, T* __restrict__ to,
+                                                       int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const T u = Adafactor::factored(g[i] * coef, row, col[i], largest);
       to[i] = u * u;
@@ -236,7 +237,7 @@ class AdafactorStep {
     for (int64_t i = 0; i < n; ++i) to[i] = T(1.0 / square_root(double(x[i]) / divisor));
   }
 
-  // ---- sums of a row; the rows of a convolution's matrices are too short for tiles ----------------------------------
+  // ---- sums of a row; the rows of a convolution's matrices are too short for tiles ---------------------------------
 
   static constexpr int64_t few = 8;
 
@@ -293,9 +294,9 @@ class AdafactorStep {
   }
 
   // Of u.
-  double row_squares(int64_t row) const {
+  double row_squares(int64_t row, int64_t matrix) const {
     const T* const g = x_.g + row * x_.cols;
-    const T* const col = col_factors_ + row / x_.rows * x_.cols;
+    const T* const col = col_factors_ + matrix * x_.cols;
     T terms[tile];
     double total = 0.0;
     if (x_.cols <= few) {
@@ -313,7 +314,7 @@ class AdafactorStep {
     return total;
   }
 
-  // ---- the phases ----------------------------------------------------------------------------------------------------
+  // ---- the phases -------------------------------------------------------------------------------------------------
 
   // The averages of n rows (from `row`) or columns (from `column`), whose new means stand where their factors will.
   void average_rows(int64_t row, int64_t n) const {
@@ -368,10 +369,11 @@ class AdafactorStep {
 
   void clip_rows(int64_t item) const {
     const Range r = range(item);
-    const double* const sums = row_sums_ + item / cut_.per_matrix * cut_.per_matrix;
+    const int64_t matrix = item / cut_.per_matrix;
+    const double* const sums = row_sums_ + matrix * cut_.per_matrix;
     factor_rows(r.first, r.last - r.first, core::sum(sums, cut_.per_matrix) / double(x_.rows));
     double u_squares = 0.0;
-    for (int64_t row = r.first; row < r.last; ++row) u_squares += row_squares(row);
+    for (int64_t row = r.first; row < r.last; ++row) u_squares += row_squares(row, matrix);
     u_squares_[item] = u_squares;
   }
 
@@ -392,7 +394,7 @@ class AdafactorStep {
     for (int64_t matrix = first; matrix < last; ++matrix) {
       const int64_t row = matrix * x_.rows;
       factor_rows(row, x_.rows, row_sum(row) / double(x_.rows));
-      for (int64_t i = 0; i < x_.rows; ++i) u_squares += row_squares(row + i);
+      for (int64_t i = 0; i < x_.rows; ++i) u_squares += row_squares(row + i, matrix);
     }
     u_squares_[item] = u_squares;
     p_squares_[item] = squares(x_.p + r.first * x_.cols, (r.last - r.first) * x_.cols);

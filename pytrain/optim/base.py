@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
@@ -15,6 +16,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from pytrain import backend
 from pytrain.optim.plan import SKIPPED, Settled, settle
+from pytrain.optim.release import Release
+from pytrain.optim.slow import zero
 from pytrain.optim.states import plain
 from pytrain.optim.storage import Storage
 
@@ -79,9 +82,11 @@ class FusedOptimizer(Optimizer):
         self._loading: dict[str, Any] | None = None
         self._warned: set[str] = set()
         self._skipped = False
+        self._swapped = False
         self.storage = Storage.of(options)
         self.counts_steps = self.steps_in_state or self.storage.needs_steps
         self._step_supports_amp_scaling = options.get("amp_scaling", True)
+        self._release = Release(self) if self.storage.in_backward else None
         self.check_group(defaults)
         self._check_implementation(defaults)
         super().__init__(params, defaults)
@@ -155,21 +160,54 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release.check_step()
         self._apply()
+        if self._release is not None:
+            self._skipped |= self._release.skipped
+            self._release.finish()
         return loss
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Have the parameters hold their averages (`ema_decay`) inside the context, and their own values after it.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or it is stepped inside the context.
+        """
+        if self.storage.ema_decay is None:
+            raise RuntimeError("swap_ema: this optimizer keeps no averages; make it with ema_decay=")
+        params = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
+        with torch.no_grad():
+            own = [p.detach().clone() for p in params]
+            for p in params:
+                p.copy_(self.state[p]["ema"])
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._swapped = False
+            with torch.no_grad():
+                for p, value in zip(params, own, strict=True):
+                    p.copy_(value)
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
     @_disable_dynamo  # torch.compile breaks its graph here, and compiles nothing of what is called from here
     def _apply(self) -> None:
         """Run the plans; make them anew where what they were made of has changed."""
+        if self._swapped:
+            raise RuntimeError("step: the parameters hold their averages; leave the swap_ema() context first")
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         self._skipped = found_inf is not None and bool(found_inf != 0)
         if not self._skipped:
             scale = 1.0 if grad_scale is None else float(grad_scale)
             self._skipped = self._run(1.0 / scale if scale else math.inf) == SKIPPED
         if self._skipped and self.storage.zero_grad:  # a kept inf would poison every later step
-            self.zero_grad(set_to_none=False)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        zero(param.grad)
 
     def _run(self, inv_scale: float) -> int:
         settled = self._settled
@@ -203,6 +241,8 @@ class FusedOptimizer(Optimizer):
         self.check_group(full)
         self._check_implementation(full)
         super().add_param_group(param_group)
+        if self._release is not None:
+            self._release.watch(self.param_groups[-1]["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim's class of the same name.
@@ -230,7 +270,13 @@ class FusedOptimizer(Optimizer):
         if loading is not None:
             restore_dtypes(state, loading)
         super().__setstate__(state)
-        self._settled, self._loading, self._warned, self._skipped = None, None, set(), False
+        self._settled, self._loading, self._warned, self._skipped, self._swapped = None, None, set(), False, False
+        if not hasattr(self, "storage"):  # an optimizer pickled by an older version
+            self.storage, self.counts_steps = Storage(), self.steps_in_state
+        if getattr(self, "_release", None) is None:
+            self._release = Release(self) if self.storage.in_backward else None
+        if self._release is not None:
+            self._release.watch([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -253,6 +299,7 @@ class FusedOptimizer(Optimizer):
                 for param, number in zip(group["params"], numbers, strict=False):
                     if number in saved["state"]:
                         saved["state"][number] = plain(self, param, self.rule(group))
+            saved["state"] = {number: state for number, state in saved["state"].items() if state}
         return saved
 
     def _check_implementation(self, group: dict[str, Any]) -> None:

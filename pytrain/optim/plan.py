@@ -238,7 +238,8 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             entry = Entry(param, index, group, number, where, rule, formats)
             keys = needed(optimizer, rule, formats)
             complete = all(state.get(name) is not None for name in keys)
-            if param.grad is None and not (complete and param.requires_grad):
+            expected = param.requires_grad and (complete or optimizer.storage.in_backward)
+            if param.grad is None and not expected:
                 waiting.append(param)
                 continue
             check_states(state, param, rule, where)

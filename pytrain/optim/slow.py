@@ -111,6 +111,19 @@ def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], inv_sc
     if formats.ema:
         average, decay = state["ema"], optimizer.storage.ema_decay
         assert decay is not None
-        average.lerp_(new.to(average.dtype), 1.0 if t == 1.0 else 1 - decay)
+        average.copy_(lerp(average, new.to(average.dtype), 1.0 if t == 1.0 else 1 - decay))
     if optimizer.storage.zero_grad and param.grad is not None:
-        param.grad = torch.zeros_like(param)
+        zero(param.grad)
+
+
+def lerp(a: Tensor, b: Tensor, w: float) -> Tensor:
+    """torch.lerp without fused multiply-adds, whose bits depend on the machine."""
+    return a + w * (b - a) if w < 0.5 else b - (b - a) * (1 - w)
+
+
+def zero(grad: Tensor) -> None:
+    """Write zeros, also through an expanded tensor, which torch does not write into."""
+    if grad.layout == torch.strided:
+        sizes = [1 if stride == 0 else size for size, stride in zip(grad.shape, grad.stride(), strict=True)]
+        grad = grad.as_strided(sizes, grad.stride())
+    grad.zero_()

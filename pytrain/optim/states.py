@@ -124,8 +124,9 @@ def make(optimizer: FusedOptimizer, entry: Entry, key: str) -> None:
         begin = optimizer.initial(key, param, entry.options)
         _allocate(state, param, key, kind)
         if isinstance(begin, Tensor) or begin != 0.0:
-            values = begin if isinstance(begin, Tensor) else torch.full_like(param, begin, requires_grad=False)
-            encode_state(state, key, kind, values.detach() if kind == "fp64" else values.detach().float())
+            wide = param.dtype if kind == "fp64" else torch.float32
+            values = torch.zeros_like(param, dtype=wide, requires_grad=False) + begin
+            encode_state(state, key, kind, values.detach().to(wide))
     elif key == "step":
         # A checkpoint without counts but with a momentum is past its first step.
         past = rule.counts and any(state.get(name) is not None for name in rule.states)

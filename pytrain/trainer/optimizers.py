@@ -9,6 +9,8 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pytrain.trainer.config import TrainerConfig
+
 Interval = Literal["step", "epoch"]
 FORMS = 'an optimizer, (optimizer, scheduler), ([optimizer], [scheduler]) or {"optimizer": ..., "lr_scheduler": ...}'
 
@@ -44,6 +46,23 @@ def read_optimizers(returned: Any) -> OptimizerSetup:
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise ValueError("configure_optimizers: the scheduler was made for another optimizer than the one returned")
     return OptimizerSetup(optimizer, scheduler, interval, monitor)
+
+
+def check_release(optimizer: Optimizer, config: TrainerConfig) -> None:
+    """Raise ValueError where an optimizer that steps in backward meets a setting that needs all gradients together."""
+    storage = getattr(optimizer, "storage", None)
+    if not getattr(storage, "in_backward", False):
+        return
+    for name, value, plain in (
+        ("gradient_clip_val", config.gradient_clip_val, None),
+        ("accumulate_grad_batches", config.accumulate_grad_batches, 1),
+        ("precision", config.precision, config.precision if config.precision != "fp16-mixed" else None),
+    ):
+        if value != plain:
+            raise ValueError(
+                f"Trainer: {name}={value!r} needs all gradients of a step together, but the optimizer was made with "
+                "step_in_backward=True and frees each as it arrives; leave one of the two out"
+            )
 
 
 def _split(returned: Any) -> tuple[Any, Any]:

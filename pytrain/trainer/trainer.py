@@ -28,7 +28,7 @@ from pytrain.trainer.data import (
 )
 from pytrain.trainer.loggers import JsonLinesLogger
 from pytrain.trainer.module import Module
-from pytrain.trainer.optimizers import OptimizerSetup, read_optimizers
+from pytrain.trainer.optimizers import OptimizerSetup, check_release, read_optimizers
 from pytrain.trainer.precision import PRECISIONS, SkipWatch
 from pytrain.trainer.progress import Progress, format_metrics, make_progress
 from pytrain.trainer.rng import capture_rng, restore_rng, seed_all
@@ -329,6 +329,7 @@ class Trainer:
         if saved is None and config.seed is not None:
             seed_all(config.seed)
         setup = read_optimizers(module.configure_optimizers())
+        check_release(setup.optimizer, config)
         scaler = PRECISIONS[config.precision].make_scaler(device.type)
         if not module.training:
             module.train()
