@@ -14,9 +14,7 @@ namespace pytrain::PT_ISA::core {
 // random: 16 random bits.
 PT_HD Bf16 encode(float x, Bf16, uint32_t random) {
   const uint32_t u = as_bits(x);
-  const uint32_t special = mask((u & 0x7fffffffu) >= 0x7f800000u);
-  const uint32_t kept = (u >> 16) | (mask((u & 0x7fffffffu) > 0x7f800000u) & 0x40u);
-  return Bf16{static_cast<uint16_t>(select(special, kept, (u + random) >> 16))};
+  return Bf16{static_cast<uint16_t>(select(mask(x != x), (u >> 16) | 0x40u, (u + random) >> 16))};  // inf stays inf
 }
 
 // fp16 cuts off 13 bits of a normal number; below 2^-14 the adder cuts off at 2^-24, from a sum with random bits there.
@@ -56,27 +54,25 @@ PT_HD float decode_signed(uint8_t code, float scale) {
 
 PT_HD float decode_unsigned(uint8_t code, float scale) { return magnitude(code, largest_unsigned) * scale; }
 
-// x: the magnitude relative to the scale, 0 to 1. cut: what is added before 20 bits are cut off: half a unit to round
-// to nearest, or random bits. least: below the smallest code, the least x that gets it.
-PT_HD uint32_t code_of(float x, uint32_t largest, uint32_t cut, float least) {
-  const int32_t code = static_cast<int32_t>((as_bits(x) + cut) >> 20) - static_cast<int32_t>((127u << 3) - largest);
-  const uint32_t high = select(mask(code > static_cast<int32_t>(largest)), largest, static_cast<uint32_t>(code));
-  return select(mask(code < 1), mask(x >= least) & 1u, high);
+// bits: of the magnitude relative to the scale, 0 to 1. cut: what is added before 20 bits are cut off: half a unit to
+// round to nearest, or random bits. What is below the smallest code gets it, or 0, with `least` as the lowest code.
+PT_HD uint32_t code_of(uint32_t bits, uint32_t largest, uint32_t cut, int32_t least) {
+  const int32_t code = static_cast<int32_t>((bits + cut) >> 20) - static_cast<int32_t>((127u << 3) - largest);
+  const int32_t low = code < least ? least : code;
+  return static_cast<uint32_t>(low > static_cast<int32_t>(largest) ? static_cast<int32_t>(largest) : low);
 }
-
-PT_HD float smallest(uint32_t largest) { return magnitude(1, largest); }
 
 constexpr uint32_t half_unit = 1u << 19;
 
-PT_HD uint8_t encode_signed(float x, float scale, uint32_t cut, float least) {
-  const uint32_t sign = (as_bits(x) >> 24) & 0x80u;
-  const float relative = as_float(as_bits(x) & 0x7fffffffu) / scale;
-  return static_cast<uint8_t>(sign | code_of(relative, largest_signed, cut, least));
+// x: relative to the scale.
+PT_HD uint8_t encode_signed(float x, uint32_t cut) {
+  const uint32_t u = as_bits(x);
+  return static_cast<uint8_t>(((u >> 24) & 0x80u) | code_of(u & 0x7fffffffu, largest_signed, cut, 0));
 }
 
 // Anything above zero gets a code above zero: a square root of it is divided by.
-PT_HD uint8_t encode_unsigned(float x, float scale, uint32_t cut) {
-  return static_cast<uint8_t>(code_of(x / scale, largest_unsigned, cut, 1e-45f));
+PT_HD uint8_t encode_unsigned(float x, uint32_t cut) {
+  return static_cast<uint8_t>(code_of(as_bits(x), largest_unsigned, cut, static_cast<int32_t>(x > 0.0f)));
 }
 
 // ---- a parameter in two parts ---------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ PT_HD float decode(Bf16 h) {
 PT_HD Bf16 encode(float x, Bf16) {
   const uint32_t u = as_bits(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const uint32_t is_nan = mask((u & 0x7fffffffu) > 0x7f800000u);
+  const uint32_t is_nan = mask(x != x);
   return Bf16{static_cast<uint16_t>(select(is_nan, (u >> 16) | 0x40u, rounded))};
 }
 

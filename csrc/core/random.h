@@ -9,8 +9,7 @@
 
 namespace pytrain::PT_ISA::core {
 
-constexpr int64_t random_tile = 512;  // elements that share 64 calls of the generator, 16 bits each
-constexpr int64_t random_lanes = random_tile / 8;
+constexpr int64_t random_tile = 512;  // elements that share a call of the generator
 
 PT_HD void philox(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
@@ -26,24 +25,36 @@ PT_HD void philox(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t k
   }
 }
 
-// Which 16 bits element e of a parameter takes: call e % 64 of tile e / 512, and of its 8 halves number e / 64 % 8.
-struct RandomStream {
-  uint32_t key0, key1, step, which;
+// The numbers of one tile: Philox gives each of its streams a key, and a hash of 32 bits spreads the first key over the
+// elements, 16 bits for each. (Two rounds of multiplication and exclusive or; the constants are those that
+// github.com/skeeto/hash-prospector found for it.) Streams of the states come from the parameter's by 16-bit steps.
+struct RandomTile {
+  uint32_t keys[4];
 
-  PT_HD RandomStream(uint64_t seed, int64_t parameter, int stream, double t)
-      : key0(static_cast<uint32_t>(seed)),
-        key1(static_cast<uint32_t>(seed >> 32)),
-        step(static_cast<uint32_t>(static_cast<int64_t>(t))),
-        which(static_cast<uint32_t>(parameter * 8 + stream)) {}
-
-  PT_HD void call(int64_t number, uint32_t* words) const {
-    uint32_t a = static_cast<uint32_t>(number), b = static_cast<uint32_t>(number >> 32), c = step, d = which;
-    philox(a, b, c, d, key0, key1);
-    words[0] = a;
-    words[1] = b;
-    words[2] = c;
-    words[3] = d;
+  PT_HD RandomTile(uint64_t seed, int64_t parameter, double t, int64_t tile)
+      : keys{static_cast<uint32_t>(tile), static_cast<uint32_t>(tile >> 32), static_cast<uint32_t>(static_cast<int64_t>(t)),
+             static_cast<uint32_t>(parameter)} {
+    philox(keys[0], keys[1], keys[2], keys[3], static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   }
 };
+
+// 16 bits for element `lane` of a tile in the low half, and for element lane + 256 in the high half.
+PT_HD uint32_t spread(uint32_t lane, uint32_t key) {
+  uint32_t x = lane * 0x9E3779B9u + key;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Another 16 bits from 16 bits: one to one, in a way that the key decides.
+PT_HD uint16_t mixed(uint16_t bits, uint32_t key) {
+  uint16_t x = static_cast<uint16_t>(bits ^ static_cast<uint16_t>(key));
+  x = static_cast<uint16_t>(x * 0x9E37u);
+  x = static_cast<uint16_t>(x ^ (x >> 7));
+  x = static_cast<uint16_t>(x * 0x5CB5u);
+  return static_cast<uint16_t>(x ^ static_cast<uint16_t>(key >> 16));
+}
 
 }  // namespace pytrain::PT_ISA::core

@@ -61,30 +61,29 @@ __attribute__((noinline)) void encode_low_bits_tile(const float* __restrict__ fr
   for (int64_t i = 0; i < n; ++i) p[i] = core::encode_low_bits(from[i], low[i]);
 }
 
-__attribute__((noinline)) void random_tile(const core::RandomStream& stream, int64_t number,
-                                           uint16_t* __restrict__ to) {
-  const core::RandomStream s = stream;
-#ifdef __clang__
-#pragma clang loop vectorize(assume_safety)
-#endif
-  for (int64_t lane = 0; lane < core::random_lanes; ++lane) {
-    uint32_t words[4];
-    s.call(number * core::random_lanes + lane, words);
-    for (int w = 0; w < 4; ++w) {
-      to[(2 * w) * core::random_lanes + lane] = static_cast<uint16_t>(words[w]);
-      to[(2 * w + 1) * core::random_lanes + lane] = static_cast<uint16_t>(words[w] >> 16);
-    }
+__attribute__((noinline)) void random_tile(uint32_t key, uint16_t* __restrict__ to) {
+  constexpr uint32_t half = core::random_tile / 2;
+  for (uint32_t lane = 0; lane < half; ++lane) {
+    const uint32_t bits = core::spread(lane, key);
+    to[lane] = static_cast<uint16_t>(bits);
+    to[half + lane] = static_cast<uint16_t>(bits >> 16);
   }
 }
 
-// The largest magnitude of a block, as the block's scale: finite whatever is in it.
-__attribute__((noinline)) float largest_magnitude(const float* x, int64_t n) {
+__attribute__((noinline)) void mixed_tile(uint32_t key, const uint16_t* __restrict__ from, uint16_t* __restrict__ to) {
+  for (int64_t i = 0; i < core::random_tile; ++i) to[i] = core::mixed(from[i], key);
+}
+
+// The largest magnitude of a block, as the block's scale: 0 if all is 0, else from 2^-100 to the largest finite number.
+__attribute__((noinline)) float block_scale(const float* x, int64_t n) {
   int32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int32_t bits = static_cast<int32_t>(core::as_bits(x[i]) & 0x7fffffffu);
     largest = bits > largest ? bits : largest;
   }
-  return core::as_float(largest > 0x7f7fffff ? 0x7f7fffffu : static_cast<uint32_t>(largest));
+  if (largest == 0) return 0.0f;
+  constexpr int32_t low = 27 << 23, high = 0x7f7fffff;
+  return core::as_float(static_cast<uint32_t>(largest < low ? low : largest > high ? high : largest));
 }
 
 template <Format F>
@@ -97,10 +96,10 @@ __attribute__((noinline)) void decode_codes(const uint8_t* from, float scale, fl
 template <Format F>
 __attribute__((noinline)) void encode_codes(const float* __restrict__ from, float scale, uint8_t* __restrict__ to,
                                             int64_t n) {
-  const float least = core::smallest(core::largest_signed) * 0.5f;
+  const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < n; ++i) {
-    to[i] = F == Format::s8 ? core::encode_signed(from[i], scale, core::half_unit, least)
-                            : core::encode_unsigned(from[i], scale, core::half_unit);
+    to[i] = F == Format::s8 ? core::encode_signed(from[i] * inverse, core::half_unit)
+                            : core::encode_unsigned(from[i] * inverse, core::half_unit);
   }
 }
 
@@ -108,12 +107,11 @@ template <Format F>
 __attribute__((noinline)) void encode_codes_by_chance(const float* __restrict__ from, float scale,
                                                       uint8_t* __restrict__ to, const uint16_t* __restrict__ random,
                                                       int64_t n) {
-  const float unit = core::smallest(core::largest_signed) / 65536.0f;
+  const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t cut = uint32_t{random[i]} << 4;
-    const float least = (static_cast<float>(static_cast<int32_t>(random[i])) + 0.5f) * unit;
-    to[i] = F == Format::s8 ? core::encode_signed(from[i], scale, cut, least)
-                            : core::encode_unsigned(from[i], scale, cut);
+    to[i] = F == Format::s8 ? core::encode_signed(from[i] * inverse, cut)
+                            : core::encode_unsigned(from[i] * inverse, cut);
   }
 }
 
@@ -130,11 +128,22 @@ struct Place {
   const Extra* extra;
 };
 
-// Streams of random bits: 0 for the parameter, 1 + s for state s.
-const uint16_t* random_bits(const Place& at, int stream, int64_t first, uint16_t* memory) {
-  random_tile(core::RandomStream(at.storage.seed, at.extra->index, stream, at.segment.step), first / tile, memory);
-  return memory;
-}
+// The random bits of a tile: the parameter's, and those of the state that was asked for last.
+struct Chance {
+  uint16_t own[tile], of_state[tile];
+  uint32_t key;
+
+  void begin(const Place& at, int64_t first) {
+    if (!at.storage.stochastic) return;
+    const core::RandomTile keys(at.storage.seed, at.extra->index, at.segment.step, first / tile);
+    random_tile(keys.keys[0], own);
+    key = keys.keys[1];
+  }
+  const uint16_t* for_state(int s) {
+    mixed_tile(core::spread(static_cast<uint32_t>(s), key), own, of_state);
+    return of_state;
+  }
+};
 
 template <class H>
 void decode_param(const Place& at, int64_t first, int64_t n, float* to) {
@@ -155,12 +164,12 @@ void decode_param(const Place& at, int64_t first, int64_t n, float* to) {
 
 // Stores the new parameter; leaves in `from` what an average is taken of.
 template <class H>
-void encode_param(const Place& at, int64_t first, int64_t n, float* from, uint16_t* random) {
+void encode_param(const Place& at, int64_t first, int64_t n, float* from, const Chance& chance) {
   H* const p = static_cast<H*>(at.segment.param) + first;
   switch (at.storage.keep) {
     case Keep::nothing:
       if (at.storage.stochastic) {
-        encode_tile_by_chance(from, p, random_bits(at, 0, first, random), n);
+        encode_tile_by_chance(from, p, chance.own, n);
       } else {
         encode_tile(from, p, n);
       }
@@ -192,13 +201,13 @@ void decode_blocks(const Place& at, int s, int64_t first, int64_t n, float* to) 
 }
 
 template <Format F>
-void encode_blocks(const Place& at, int s, int64_t first, int64_t n, const float* from, uint16_t* memory) {
+void encode_blocks(const Place& at, int s, int64_t first, int64_t n, const float* from, Chance& chance) {
   constexpr int64_t width = pytrain::core::code_block;
   uint8_t* const codes = static_cast<uint8_t*>(at.segment.states[s]) + first;
-  const uint16_t* const random = at.storage.stochastic ? random_bits(at, 1 + s, first, memory) : nullptr;
+  const uint16_t* const random = at.storage.stochastic ? chance.for_state(s) : nullptr;
   for (int64_t i = 0; i < n; i += width) {
     const int64_t m = n - i < width ? n - i : width;
-    const float scale = largest_magnitude(from + i, m);
+    const float scale = block_scale(from + i, m);
     at.extra->scales[s][(first + i) / width] = scale;
     if (scale == 0.0f) {
       __builtin_memset(codes + i, 0, m);
@@ -232,25 +241,25 @@ float* decode_state(const Place& at, int s, int64_t first, int64_t n, float* mem
 }
 
 template <class H>
-void encode_half_state(const Place& at, int s, int64_t first, int64_t n, const float* from, uint16_t* random) {
+void encode_half_state(const Place& at, int s, int64_t first, int64_t n, const float* from, Chance& chance) {
   H* const to = static_cast<H*>(at.segment.states[s]) + first;
   if (at.storage.stochastic) {
-    encode_tile_by_chance(from, to, random_bits(at, 1 + s, first, random), n);
+    encode_tile_by_chance(from, to, chance.for_state(s), n);
   } else {
     encode_tile(from, to, n);
   }
 }
 
-void encode_state(const Place& at, int s, int64_t first, int64_t n, const float* from, uint16_t* random) {
+void encode_state(const Place& at, int s, int64_t first, int64_t n, const float* from, Chance& chance) {
   switch (at.storage.states[s]) {
     case Format::bf16:
-      return encode_half_state<core::Bf16>(at, s, first, n, from, random);
+      return encode_half_state<core::Bf16>(at, s, first, n, from, chance);
     case Format::fp16:
-      return encode_half_state<core::Fp16>(at, s, first, n, from, random);
+      return encode_half_state<core::Fp16>(at, s, first, n, from, chance);
     case Format::s8:
-      return encode_blocks<Format::s8>(at, s, first, n, from, random);
+      return encode_blocks<Format::s8>(at, s, first, n, from, chance);
     case Format::u8:
-      return encode_blocks<Format::u8>(at, s, first, n, from, random);
+      return encode_blocks<Format::u8>(at, s, first, n, from, chance);
     default:
       return;
   }
@@ -259,7 +268,7 @@ void encode_state(const Place& at, int s, int64_t first, int64_t n, const float*
 // The fp32 values of one tile.
 struct Tile {
   float p_memory[tile], g_memory[tile], s_memory[pytrain::core::max_states][tile];
-  uint16_t random[tile];
+  Chance chance;
   float* p;
   const float* g;
   float* states[pytrain::core::max_states];
@@ -328,9 +337,10 @@ void step_tiles(const Part& part, const void* rule, int64_t first, int64_t n) {
     const int64_t m = end - first < tile ? end - first : tile;
     decode(at, n_states, first, m, t);
     part.job.rule->update32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, m);
-    for (int s = 0; s < n_states; ++s) encode_state(at, s, first, m, t.states[s], t.random);
-    if (at.storage.param == Format::bf16) encode_param<core::Bf16>(at, first, m, t.p, t.random);
-    if (at.storage.param == Format::fp16) encode_param<core::Fp16>(at, first, m, t.p, t.random);
+    t.chance.begin(at, first);
+    for (int s = 0; s < n_states; ++s) encode_state(at, s, first, m, t.states[s], t.chance);
+    if (at.storage.param == Format::bf16) encode_param<core::Bf16>(at, first, m, t.p, t.chance);
+    if (at.storage.param == Format::fp16) encode_param<core::Fp16>(at, first, m, t.p, t.chance);
     average<float>(part, t.p, first, m);
     zero_grad(part, first, m);
   }
@@ -378,8 +388,9 @@ void measure_tiles(const Part& part, const void* rule, int64_t first, int64_t n,
     const int64_t m = end - first < tile ? end - first : tile;
     decode(at, n_states, first, m, t);
     part.job.rule->measure32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, terms, m);
+    if (part.job.rule->measure_writes) t.chance.begin(at, first);
     for (int s = 0; s < n_states && part.job.rule->measure_writes; ++s) {
-      encode_state(at, s, first, m, t.states[s], t.random);
+      encode_state(at, s, first, m, t.states[s], t.chance);
     }
     for (int k = 0; k < part.job.rule->sums; ++k) sums[k] += core::sum(terms[k], m);
   }
@@ -482,12 +493,10 @@ __attribute__((noinline)) bool finite_words(const uint32_t* x, int64_t n, uint32
 
 // 64-bit integers do not compare in SSE2: 0 times an inf or nan is nan, and stays nan in a sum.
 __attribute__((noinline)) bool finite_words(const double* x, int64_t n) {
-  core::Lanes total = {};
+  double total[core::sum_lanes] = {};
   int64_t i = 0;
   for (; i + core::sum_lanes <= n; i += core::sum_lanes) {
-    core::Lanes lanes;
-    __builtin_memcpy(&lanes, x + i, sizeof lanes);
-    total += lanes * 0.0;
+    for (int lane = 0; lane < core::sum_lanes; ++lane) total[lane] += x[i + lane] * 0.0;
   }
   for (; i < n; ++i) total[0] += x[i] * 0.0;
   double sum = 0.0;

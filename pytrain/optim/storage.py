@@ -155,22 +155,36 @@ def philox(counter: list[np.ndarray[Any, Any]], key: tuple[int, int]) -> list[np
     return [a, b, c, d]
 
 
+def _spread(lane: np.ndarray[Any, Any], key: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A hash of 32 bits, as in csrc/core/random.h."""
+    low = np.uint64(0xFFFFFFFF)
+    x = (lane * np.uint64(0x9E3779B9) + key) & low
+    x ^= x >> np.uint64(16)
+    x = (x * np.uint64(0x7FEB352D)) & low
+    x ^= x >> np.uint64(15)
+    x = (x * np.uint64(0x846CA68B)) & low
+    return x ^ (x >> np.uint64(16))
+
+
 def random_bits(seed: int, parameter: int, stream: int, step: float, numel: int) -> Tensor:
     """16 random bits an element, as int64; stream 0 rounds the parameter, 1 + i its state i."""
-    tiles = -(-numel // 512)
-    calls = np.arange(tiles * 64, dtype=np.uint64)
-    ones = np.ones_like(calls)
-    which = (parameter * 8 + stream) & 0xFFFFFFFF
+    tile = np.arange(-(-numel // 512), dtype=np.uint64)[:, None]
+    ones, low16 = np.ones_like(tile), np.uint64(0xFFFF)
     counter = [
-        calls & np.uint64(0xFFFFFFFF),
-        calls >> np.uint64(32),
+        tile & np.uint64(0xFFFFFFFF),
+        tile >> np.uint64(32),
         ones * np.uint64(int(step)),
-        ones * np.uint64(which),
+        ones * np.uint64(parameter),
     ]
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    halves = [half for word in words for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))]
-    in_order = np.stack(halves).reshape(8, tiles, 64).transpose(1, 0, 2).reshape(-1)[:numel]
-    return torch.from_numpy(in_order.astype(np.int64))
+    keys = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    bits = _spread(np.arange(256, dtype=np.uint64)[None, :], keys[0])
+    x = np.concatenate([bits & low16, bits >> np.uint64(16)], axis=1)
+    if stream:
+        key = _spread(np.full_like(tile, stream - 1), keys[1])
+        x = ((x ^ (key & low16)) * np.uint64(0x9E37)) & low16
+        x ^= x >> np.uint64(7)
+        x = ((x * np.uint64(0x5CB5)) & low16) ^ (key >> np.uint64(16))
+    return torch.from_numpy(x.reshape(-1)[:numel].astype(np.int64))
 
 
 # ---- codecs; x is always fp32 ----------------------------------------------------------------------------------------
@@ -208,20 +222,14 @@ def encode_codes(x: Tensor, kind: str, random: Tensor | None = None) -> tuple[Te
     n = x.numel()
     blocks = torch.nn.functional.pad(x, (0, -n % CODE_BLOCK)).reshape(-1, CODE_BLOCK)
     scale = blocks.abs().nan_to_num(nan=torch.inf).amax(1) if n else blocks.new_zeros(0)
-    scale = scale.clamp(max=torch.finfo(torch.float32).max)
-    relative = (blocks.abs() / scale[:, None]).reshape(-1)[:n]
-    if kind == "u8":
-        relative = (blocks / scale[:, None]).reshape(-1)[:n]
-    cut: Tensor | int = 1 << 19 if random is None else random << 4
-    code = ((_bits(relative) + cut) >> 20) - ((127 << 3) - largest)
-    smallest = 2.0**-16 * 1.25
-    if kind == "u8":
-        least: Tensor | float = 1e-45
-    else:
-        least = smallest / 2 if random is None else (random.float() + 0.5) * (smallest / 65536)
-    code = torch.where(code < 1, (relative >= least).to(torch.int64), code.clamp(max=largest))
+    scale = torch.where(scale == 0, 0.0, scale.clamp(2.0**-100, torch.finfo(torch.float32).max))
+    relative = (blocks * (1 / scale)[:, None]).reshape(-1)[:n]
+    bits = _bits(relative) & 0x7FFFFFFF if kind == "s8" else _bits(relative)
+    code = ((bits + (1 << 19 if random is None else random << 4)) >> 20) - ((127 << 3) - largest)
+    least = (relative > 0).to(torch.int64) if kind == "u8" else torch.zeros_like(code)
+    code = torch.maximum(code, least).clamp(max=largest)
     if kind == "s8":
-        code = code | ((_bits(x) >> 24) & 0x80)
+        code = code | ((_bits(relative) >> 24) & 0x80)
     coded = torch.where(scale.repeat_interleave(CODE_BLOCK)[:n] == 0, 0, code)
     return coded.to(torch.uint8), scale
 
