@@ -1,6 +1,7 @@
 """Drop-in replacements for torch.optim's optimizers, and optimizers that torch does not have."""
 
 from pytrain.optim.adadelta import Adadelta
+from pytrain.optim.adafactor import Adafactor
 from pytrain.optim.adagrad import Adagrad
 from pytrain.optim.adam import Adam
 from pytrain.optim.adamax import Adamax
@@ -13,6 +14,7 @@ from pytrain.optim.cautious import CautiousAdamW, CautiousLion
 from pytrain.optim.lamb import LAMB
 from pytrain.optim.lars import LARS
 from pytrain.optim.lion import Lion
+from pytrain.optim.muon import Muon
 from pytrain.optim.nadam import NAdam
 from pytrain.optim.novograd import NovoGrad
 from pytrain.optim.radam import RAdam
@@ -30,6 +32,7 @@ __all__ = [
     "SGD",
     "AdEMAMix",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -39,6 +42,7 @@ __all__ = [
     "CautiousLion",
     "FusedOptimizer",
     "Lion",
+    "Muon",
     "NAdam",
     "NovoGrad",
     "RAdam",

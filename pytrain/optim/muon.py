@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
-BATCH = 2**18  # elements of the matrices that are orthogonalized at once, so that they stay in the cache
+BATCH = 2**20  # elements of the matrices that are orthogonalized at once; small products alone leave cores idle
 ADAMW = {"adamw_lr_ratio": 1.0, "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8, "adamw_weight_decay": None}
 
 
@@ -28,7 +28,8 @@ def has_bf16_products(device: torch.device) -> bool:
     """Whether matrix products in bf16 are fast there; on a CPU without instructions for them they are not."""
     if device.type != "cpu":
         return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    mkldnn = bool(torch._C._has_mkldnn)  # without it, torch.ops.mkldnn is empty
+    return mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def orthogonalize(
@@ -139,7 +140,7 @@ class Muon(FusedOptimizer):
         fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,

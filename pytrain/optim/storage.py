@@ -163,7 +163,8 @@ def _spread(lane: np.ndarray[Any, Any], key: np.ndarray[Any, Any]) -> np.ndarray
     x = (x * np.uint64(0x7FEB352D)) & low
     x ^= x >> np.uint64(15)
     x = (x * np.uint64(0x846CA68B)) & low
-    return x ^ (x >> np.uint64(16))
+    out: np.ndarray[Any, Any] = x ^ (x >> np.uint64(16))
+    return out
 
 
 def random_bits(seed: int, parameter: int, stream: int, step: float, numel: int) -> Tensor:
