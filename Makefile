@@ -14,10 +14,10 @@ demo: $(NATIVE)
 	$(BIN)/python -m pytrain demo
 
 test: $(NATIVE)
-	$(BIN)/python -m pytest -m "not slow and not matrix"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
 
 test-full: $(NATIVE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tools/check_codegen.py
 	$(BIN)/python tools/mutate_rules.py
 	$(BIN)/python tools/build_matrix.py --all

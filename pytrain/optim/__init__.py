@@ -11,6 +11,7 @@ from pytrain.optim.ademamix import AdEMAMix
 from pytrain.optim.asgd import ASGD
 from pytrain.optim.base import REGISTRY, FusedOptimizer
 from pytrain.optim.cautious import CautiousAdamW, CautiousLion
+from pytrain.optim.fuse import fuse
 from pytrain.optim.lamb import LAMB
 from pytrain.optim.lars import LARS
 from pytrain.optim.lion import Lion
@@ -50,4 +51,5 @@ __all__ = [
     "Rprop",
     "ScheduleFreeAdamW",
     "StableAdamW",
+    "fuse",
 ]
