@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_BUILT_ON = "2.13.0"
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "expecttest")
 LIBRARY_LIMIT = 10 * 2**20  # bytes
 INSTALL_TARGET = 120.0  # seconds for a CPU-only `pip install .`; a warning, for the network is in it
 COMMAND_LIMIT = 1800.0  # seconds
@@ -310,13 +311,13 @@ def other_torch(version: str) -> Callable[[Workshop], Row]:
     def variant(shop: Workshop) -> Row:
         wheel = shop.wheel()
         target = shop.empty_environment(f"torch-{version}")
-        target.pip("install", f"torch=={version}", "numpy", "pytest", "hypothesis", "expecttest", cwd=shop.folder)
+        target.pip("install", f"torch=={version}", "numpy", *TEST_TOOLS, cwd=shop.folder)
         seconds, _ = target.pip("install", "--no-deps", wheel, cwd=shop.folder)
         row = target.check(backend="native", seconds=seconds)
         tests = shop.folder / f"tests-{version}"
         shutil.copytree(ROOT / "tests", tests / "tests", ignore=NOT_COPIED)
         shutil.copy(ROOT / "pyproject.toml", tests)
-        selection = ["-m", "not slow and not matrix", "-q", "-p", "no:cacheprovider", "tests/optim"]
+        selection = ["-n", "2", "-m", "not slow and not matrix", "-q", "-p", "no:cacheprovider", "tests/optim"]
         done = run([target.python, "-m", "pytest", *selection], cwd=tests, env={"PYTRAIN_BACKEND": "auto"})
         row.notes.append(done.stdout.splitlines()[-1].strip("= "))
         return row
