@@ -32,8 +32,8 @@ struct RandomTile {
   uint32_t keys[4];
 
   PT_HD RandomTile(uint64_t seed, int64_t parameter, double t, int64_t tile)
-      : keys{static_cast<uint32_t>(tile), static_cast<uint32_t>(tile >> 32), static_cast<uint32_t>(static_cast<int64_t>(t)),
-             static_cast<uint32_t>(parameter)} {
+      : keys{static_cast<uint32_t>(tile), static_cast<uint32_t>(tile >> 32),
+             static_cast<uint32_t>(static_cast<int64_t>(t)), static_cast<uint32_t>(parameter)} {
     philox(keys[0], keys[1], keys[2], keys[3], static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   }
 };

@@ -15,7 +15,7 @@ using pytrain::cpu::Job;
 constexpr int64_t tile = core::random_tile;  // 2 KiB a stream in fp32
 static_assert(block % tile == 0 && tile % pytrain::core::code_block == 0);
 
-// ---- one tile of one stream; each is a loop that the compiler vectorises ----------------------------------------------
+// ---- one tile of one stream; each is a loop that the compiler vectorises ------------------------------------------
 
 template <class H>
 __attribute__((noinline)) void decode_tile(const H* from, float* __restrict__ to, int64_t n) {
@@ -120,7 +120,7 @@ __attribute__((noinline)) void average_tile(T* __restrict__ ema, const T* __rest
   for (int64_t i = 0; i < n; ++i) ema[i] = rules::lerp(ema[i], p[i], weight);
 }
 
-// ---- one tile of one segment ------------------------------------------------------------------------------------------
+// ---- one tile of one segment --------------------------------------------------------------------------------------
 
 struct Place {
   const Storage& storage;
@@ -274,7 +274,8 @@ struct Tile {
   float* states[pytrain::core::max_states];
 };
 
-void decode(const Place& at, int n_states, int64_t first, int64_t n, Tile& t) {
+// With `apart` no state is left in memory itself.
+void decode(const Place& at, int n_states, int64_t first, int64_t n, Tile& t, bool apart = false) {
   t.p = t.p_memory;
   t.g = t.g_memory;
   switch (at.storage.param) {
@@ -290,10 +291,15 @@ void decode(const Place& at, int n_states, int64_t first, int64_t n, Tile& t) {
       t.p = static_cast<float*>(at.segment.param) + first;
       t.g = static_cast<const float*>(at.segment.grad) + first;
   }
-  for (int s = 0; s < n_states; ++s) t.states[s] = decode_state(at, s, first, n, t.s_memory[s]);
+  for (int s = 0; s < n_states; ++s) {
+    t.states[s] = decode_state(at, s, first, n, t.s_memory[s]);
+    if (!apart || t.states[s] == t.s_memory[s]) continue;
+    __builtin_memcpy(t.s_memory[s], t.states[s], sizeof(float) * n);
+    t.states[s] = t.s_memory[s];
+  }
 }
 
-// ---- one segment --------------------------------------------------------------------------------------------------------
+// ---- one segment --------------------------------------------------------------------------------------------------
 
 // What every range of a segment needs to know.
 struct Part {
@@ -333,9 +339,14 @@ void step_tiles(const Part& part, const void* rule, int64_t first, int64_t n) {
   const Place at{part.job.storage, part.segment, part.extra};
   const int n_states = part.job.rule->states;
   Tile t;
+  float memory[pytrain::core::max_sums][tile];
+  float* const terms[] = {memory[0], memory[1]};
   for (int64_t end = first + n; first < end; first += tile) {
     const int64_t m = end - first < tile ? end - first : tile;
     decode(at, n_states, first, m, t);
+    if (part.job.rule->measure_writes) {
+      part.job.rule->measure32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, terms, m);
+    }
     part.job.rule->update32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, m);
     t.chance.begin(at, first);
     for (int s = 0; s < n_states; ++s) encode_state(at, s, first, m, t.states[s], t.chance);
@@ -386,12 +397,9 @@ void measure_tiles(const Part& part, const void* rule, int64_t first, int64_t n,
   float* const terms[] = {memory[0], memory[1]};
   for (int64_t end = first + n; first < end; first += tile) {
     const int64_t m = end - first < tile ? end - first : tile;
-    decode(at, n_states, first, m, t);
+    // What measure does to the states is done again, from unrounded values, when they are stored.
+    decode(at, n_states, first, m, t, part.job.rule->measure_writes);
     part.job.rule->measure32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, terms, m);
-    if (part.job.rule->measure_writes) t.chance.begin(at, first);
-    for (int s = 0; s < n_states && part.job.rule->measure_writes; ++s) {
-      encode_state(at, s, first, m, t.states[s], t.chance);
-    }
     for (int k = 0; k < part.job.rule->sums; ++k) sums[k] += core::sum(terms[k], m);
   }
 }
@@ -406,7 +414,7 @@ void measure_part(const Part& part, const void* rule, int64_t first, int64_t n, 
   }
 }
 
-// ---- many segments ------------------------------------------------------------------------------------------------------
+// ---- many segments ------------------------------------------------------------------------------------------------
 
 // Calls visit(i, first, n) for every segment's whole blocks that begin in a range of the flattened elements.
 template <class Visit>

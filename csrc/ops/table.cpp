@@ -40,7 +40,8 @@ void* beside(AtenTensorHandle tensor, Format format, const View& param) {
 // The memory of `numel` fp32 numbers in a row.
 float* floats(AtenTensorHandle tensor, int64_t numel) {
   const Flat flat = read_flat(tensor);
-  return flat.format == Format::fp32 && flat.contiguous && flat.numel == numel ? static_cast<float*>(flat.data) : nullptr;
+  const bool good = flat.format == Format::fp32 && flat.contiguous && flat.numel == numel;
+  return good ? static_cast<float*>(flat.data) : nullptr;
 }
 
 // Both kinds of 8-bit codes are kept as uint8.
@@ -110,7 +111,8 @@ Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept 
   check("steps", kept_.steps.size(), !kept_.steps.empty());
   check("indices", kept_.indices.size(), !kept_.indices.empty());
   for (size_t row = 0; row < n; ++row) {
-    STD_TORCH_CHECK(kept_.groups[row] >= 0, info_.name, "_: groups[", row, "] is ", kept_.groups[row], ", expected >= 0");
+    STD_TORCH_CHECK(kept_.groups[row] >= 0, info_.name, "_: groups[", row, "] is ", kept_.groups[row],
+                    ", expected >= 0");
   }
 }
 
@@ -122,8 +124,8 @@ void Table::check_call(int64_t n, const std::vector<int64_t>& rows, const View& 
   for (int64_t k = 0; k < n; ++k) {
     const int64_t row = rows.empty() ? k : rows[k];
     STD_TORCH_CHECK(row >= 0 && row < all, info_.name, "_: rows[", k, "] is ", row, ", expected 0 to ", all - 1);
-    STD_TORCH_CHECK(kept_.groups[row] < control_rows, info_.name, "_: groups[", row, "] is ", kept_.groups[row], ", control has ",
-                    control_rows, " rows");
+    STD_TORCH_CHECK(kept_.groups[row] < control_rows, info_.name, "_: groups[", row, "] is ", kept_.groups[row],
+                    ", control has ", control_rows, " rows");
   }
 }
 
@@ -243,7 +245,8 @@ std::string Table::explain(Found found, const Pair& pair) const {
     case Misfit::param_kind:
       return "params" + at + " is not a strided tensor on the CPU";
     case Misfit::param_format:
-      return "params" + at + " has a dtype unlike the others', or one that is not float32, float64, bfloat16 or float16";
+      return "params" + at +
+             " has a dtype unlike the others', or one that is not float32, float64, bfloat16 or float16";
     case Misfit::overlap:
       return "params" + at + " has elements that share memory (for instance from expand()); pass a contiguous tensor";
     case Misfit::grad_kind:

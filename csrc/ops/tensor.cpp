@@ -9,9 +9,11 @@ Format format_of(int32_t dtype) {
     int32_t dtype;
     Format format;
   };
-  static const Entry entries[] = {{aoti_torch_dtype_float32(), Format::fp32},  {aoti_torch_dtype_float64(), Format::fp64},
-                                  {aoti_torch_dtype_bfloat16(), Format::bf16}, {aoti_torch_dtype_float16(), Format::fp16},
-                                  {aoti_torch_dtype_uint8(), Format::u8},      {aoti_torch_dtype_int16(), Format::i16}};
+  static const Entry entries[] = {
+      {aoti_torch_dtype_float32(), Format::fp32},  {aoti_torch_dtype_float64(), Format::fp64},
+      {aoti_torch_dtype_bfloat16(), Format::bf16}, {aoti_torch_dtype_float16(), Format::fp16},
+      {aoti_torch_dtype_uint8(), Format::u8},      {aoti_torch_dtype_int16(), Format::i16},
+  };
   for (const Entry& entry : entries) {
     if (dtype == entry.dtype) return entry.format;
   }

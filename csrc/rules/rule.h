@@ -23,7 +23,7 @@
 // told the sums, which come out the same for any number of threads and any instruction set:
 //
 //     static constexpr int sums;                    // how many, at most 2
-//     static constexpr bool measure_writes;         // does measure change the states?
+//     static constexpr bool measure_writes;         // does measure change the states, and operator() read them only?
 //     template <class T> PT_HD void measure(T p, T g, T& state..., T* terms) const;   // what is to be summed
 //     PT_HD void settle(const double* sums, double numel);                  // then operator() is called
 //     PT_HD static void advance(const Hyper&, double t, double* scalars, const double* sums);   // where it has scalars

@@ -27,6 +27,7 @@ from pytrain.optim.storage import (
 if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer, Rule
 
+PLACE = torch.empty(0, device="cpu")  # keeps the place of a key until its tensor is made
 SMALL, BLOCK_BYTES = 16384, 2**20  # states of up to so many elements share blocks of up to so many bytes
 
 
@@ -174,8 +175,10 @@ def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
             if shared and zero and key in rule.states and formats.states[rule.states.index(key)] not in CODES:
                 kind = formats.states[rule.states.index(key)]
                 small.setdefault(_dtype(param, kind), []).append((param, key))
+                state[key] = PLACE
             elif shared and fresh and key == "step":
                 small.setdefault(torch.float32, []).append((param, key))
+                state[key] = PLACE
             else:
                 make(optimizer, entry, key)
     for dtype, needs in small.items():
