@@ -29,6 +29,7 @@ KERNEL_SOURCES = [
     "csrc/ops/tensor.cpp",
     "csrc/ops/table.cpp",
     "csrc/ops/optim.cpp",
+    "csrc/ops/adafactor.cpp",
 ]
 BIND_MODULE = "pytrain._C"
 BIND_SOURCES = ["csrc/bind.cpp", "csrc/core/layout.cpp", "csrc/cpu/isa.cpp"]

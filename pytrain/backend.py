@@ -90,12 +90,13 @@ def isa(level: str = "") -> str:
     return str(torch.ops.pytrain._isa(level))
 
 
-def select(param: Tensor, *, fused: bool | None = None) -> Choice:
+def select(param: Tensor, *, fused: bool | None = None, unfit: str = "") -> Choice:
     """Decide for one parameter.
 
     Args:
         param: the parameter; its values are not read.
         fused: the param group's torch option. True demands the kernels, False the torch path.
+        unfit: why an optimizer's own kernels cannot take it, if they cannot.
 
     Raises:
         BackendError: the kernels were demanded and cannot take this parameter; says why.
@@ -105,7 +106,7 @@ def select(param: Tensor, *, fused: bool | None = None) -> Choice:
         return Choice("torch", ASKED_FOR[0])
     if fused is False and not demand:
         return Choice("torch", ASKED_FOR[1])
-    reason = why_not_loaded or _unsupported(param)
+    reason = why_not_loaded or _unsupported(param) or unfit
     if not reason:
         return Choice("native", f"CPU kernels, {isa()}")
     if demand:

@@ -32,7 +32,9 @@ LEVELS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 # or widening moves in a codec, logic in a test of bits.
 HOT = {
     r"update|measure|average_tile": re.compile(r"^v?mulp[sd]$"),
-    r"sum": re.compile(r"^v?addp[sd]$"),
+    r"(?:scaled_)?square|(?:un)?factored_\w+|average": re.compile(r"^v?mulp[sd]$"),
+    r"inverse_roots": re.compile(r"^v?sqrtp[sd]$"),
+    r"sum|add_to_columns": re.compile(r"^v?addp[sd]$"),
     r"\w*codes\w*|\w+code_\w*tile\w*|random_tile": re.compile(r"^v?p(sll|srl|sra|unpck|mov[sz]x|mov[dq]w)"),
     r"largest_magnitude|finite_words": re.compile(r"^v?(pand|por[dq]?|andp[sd]|pternlog|ptestn?m|mulpd)"),
 }

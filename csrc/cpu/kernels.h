@@ -119,7 +119,8 @@ constexpr pytrain::cpu::RuleFunctions functions() {
 
 template <class... Rules>
 constexpr pytrain::cpu::Kernels table(rules::List<Rules...>) {
-  return {{functions<Rules>()...}, &step, &take_sums, &all_finite};
+  return {{functions<Rules>()...}, &step, &take_sums, &all_finite, adafactor_functions<float>(),
+          adafactor_functions<double>()};
 }
 
 }  // namespace pytrain::PT_ISA::cpu

@@ -22,6 +22,7 @@
 #include "core/sum.h"
 #include "rules/all.h"
 
+#include "cpu/adafactor.h"
 #include "cpu/storage.h"
 
 #include "cpu/kernels.h"

@@ -42,6 +42,31 @@ struct Job {
 constexpr int64_t block = 4096;
 static_assert(block % core::code_block == 0);
 
+// One tensor under Adafactor: `batch` row-major matrices of rows x cols, or a vector of cols elements, contiguous.
+struct AdafactorJob {
+  void* param;
+  const void* grad;
+  void* row_var;  // one a row of each matrix; nothing of a vector
+  void* col_var;  // one a column of each matrix; one an element of a vector
+  int64_t batch, rows, cols;
+  bool matrix;
+  double step;  // 1 on the first
+};
+
+constexpr int max_adafactor_bytes = 320;
+
+// Adafactor's step of one tensor: phases, each of items that threads may share in any way; a phase begins when all items
+// of the one before are done. `memory` holds a prepared step.
+struct AdafactorFunctions {
+  int64_t (*workspace)(const AdafactorJob& job);  // in doubles; it need not be cleared
+  void (*prepare)(const AdafactorJob& job, const core::GroupRow& row, double inv_scale, double* workspace,
+                  void* memory);
+  int64_t (*items)(const void* memory, int phase);
+  int64_t (*cost)(const void* memory, int phase);  // of one item, in elements
+  void (*run)(const void* memory, int phase, int64_t begin, int64_t end);
+};
+constexpr int adafactor_phases = 5;
+
 constexpr int max_rules = 64;
 
 // The ranges are of flattened elements; a block belongs to the range that it begins in.
@@ -51,6 +76,7 @@ struct Kernels {
   void (*measure)(const Job& job, int64_t begin, int64_t end);
   // Whether all gradients are finite.
   bool (*finite)(const Job& job, int64_t begin, int64_t end);
+  AdafactorFunctions adafactor32, adafactor64;
 };
 
 }  // namespace pytrain::cpu

@@ -45,16 +45,6 @@ std::string schema(const RuleInfo& rule) {
   return text + "Tensor control, int[] groups) -> ()";
 }
 
-View control_view(AtenTensorHandle control, const char* op) {
-  const View v = view(control, false);
-  STD_TORCH_CHECK(v.usable && v.contiguous && v.format == Format::fp64 &&
-                      v.numel >= core::control_head + core::control_row &&
-                      (v.numel - core::control_head) % core::control_row == 0,
-                  op, "_: control must be a contiguous float64 CPU tensor of ", core::control_head, " + ",
-                  core::control_row, " x (param groups) elements");
-  return v;
-}
-
 std::vector<Handle> handles(const TensorList& list) {
   std::vector<Handle> out;
   out.reserve(list.size());

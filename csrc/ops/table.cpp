@@ -63,6 +63,16 @@ void fill_with_zeros(const View& v, int64_t dim, char* at) {
 
 }  // namespace
 
+View control_view(AtenTensorHandle control, const char* op) {
+  const View v = view(control, false);
+  STD_TORCH_CHECK(v.usable && v.contiguous && v.format == Format::fp64 &&
+                      v.numel >= core::control_head + core::control_row &&
+                      (v.numel - core::control_head) % core::control_row == 0,
+                  op, "_: control must be a contiguous float64 CPU tensor of ", core::control_head, " + ",
+                  core::control_row, " x (param groups) elements");
+  return v;
+}
+
 enum class Table::Misfit : int {
   none,
   param_kind,

@@ -34,6 +34,9 @@ struct Kept {
   std::vector<int64_t> indices;  // which parameter each row is to the random numbers; may be empty
 };
 
+// A control block's facts, once it is known to be one.
+View control_view(AtenTensorHandle control, const char* op);
+
 class Table {
  public:
   static constexpr int64_t applied = -1;

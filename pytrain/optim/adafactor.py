@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from pytrain import backend
 from pytrain.optim.base import FusedOptimizer, Options, check_range, decayed, scalar
-from pytrain.optim.plan import APPLIED
+from pytrain.optim.plan import APPLIED, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW
 from pytrain.optim.slow import check_disjoint
-from pytrain.optim.states import UnfitError
+from pytrain.optim.states import UnfitError, lay_out_number
 from pytrain.optim.storage import LOW_PRECISION
 
 if TYPE_CHECKING:
@@ -79,9 +79,10 @@ class Adafactor(FusedOptimizer):
             the parameter's dtype; and the floor of the parameter's root mean square, >= 0.
         d: the largest root mean square of an update before the step size, >= 1.
         weight_decay: decay of the parameter itself, times lr, >= 0.
-        foreach: accepted; parameters are stepped one by one.
+        foreach: accepted; it changes nothing.
         maximize: climb instead of descend.
-        fused: True demands the kernels, which there are none of yet; False and None take the torch path.
+        fused: None takes the kernels where they can serve, which is for contiguous fp32 and fp64 parameters on the CPU;
+            True demands them; False takes the torch path, one parameter after the other.
         options: of those that every optimizer has, `amp_scaling`.
 
     Shape: parameters of any shape and strides whose elements do not share memory, of any real floating dtype. The
@@ -138,10 +139,13 @@ class Adafactor(FusedOptimizer):
 
     @property
     def choices(self) -> list[backend.Choice]:
-        """The backend and the reason, a param group."""
+        """The backend and the reason, a param group: that of its first parameter on the torch path, if there is one."""
+        chosen = []
         for group in self.param_groups:
-            check_torch_path("Adafactor", group)
-        return [backend.Choice("torch", "there are no kernels for Adafactor") for _ in self.param_groups]
+            each = [self._choice(p, group) for p in group["params"]]
+            torch_path = [c for c in each if c.backend == "torch"]
+            chosen += torch_path[:1] or each[:1] or [backend.Choice("native", "no parameters")]
+        return chosen
 
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
         """The state and param groups, as torch.optim.Optimizer gives them; `portable` changes nothing."""
@@ -149,19 +153,47 @@ class Adafactor(FusedOptimizer):
 
     @torch.no_grad()
     def _run(self, inv_scale: float) -> int:
-        checked: set[int] = set()
-        work: list[tuple[Tensor, dict[str, Any]]] = []
+        seen: set[int] = set()
+        native: list[tuple[Tensor, int]] = []
+        slow: list[tuple[Tensor, int]] = []
         for index, group in enumerate(self.param_groups):
-            check_torch_path("Adafactor", group)
             for i, param in enumerate(group["params"]):
-                if param.grad is None or id(param) in checked:
+                if param.grad is None or id(param) in seen:
                     continue
-                checked.add(id(param))
-                self._check(param, f"Adafactor: param_groups[{index}]['params'][{i}]")
-                work.append((param, group))
-        for param, group in work:
-            self._step_one(param, group, inv_scale)
+                seen.add(id(param))
+                where = f"Adafactor: param_groups[{index}]['params'][{i}]"
+                choice = self._choice(param, group)
+                self._check(param, where)
+                if choice.backend == "native":
+                    native.append((param, index))
+                else:
+                    slow.append((param, index))
+                    if choice.reason not in backend.ASKED_FOR:
+                        self.warn_once(choice.reason)
+        held: set[int] = set()
+        for param, _ in native + slow:
+            self._complete(param, held)
+        if native:
+            self._step_native(native, inv_scale)
+        for param, index in slow:
+            self._step_one(param, self.param_groups[index], inv_scale)
         return APPLIED
+
+    def _choice(self, param: Tensor, group: dict[str, Any]) -> backend.Choice:
+        return backend.select(param, fused=group.get("fused"), unfit=self._unfit(param))
+
+    def _unfit(self, param: Tensor) -> str:
+        """Why Adafactor's kernels, unlike other optimizers', cannot take a parameter; or nothing."""
+        if param.dtype in LOW_PRECISION:
+            return f"there are no kernels for Adafactor with {param.dtype} parameters"
+        if param.layout == torch.strided and not param.is_contiguous():
+            return "there are no kernels for Adafactor with parameters that are not contiguous"
+        state = self.state.get(param, {})
+        for name in state_shapes(param):
+            value = state.get(name)
+            if value is not None and value.dtype != param.dtype:
+                return f"Adafactor's kernels keep a state in its parameter's dtype, and {name!r} is {value.dtype}"
+        return ""
 
     def _check(self, param: Tensor, where: str) -> None:
         """Raise UnfitError, before anything is written, where a parameter cannot be stepped."""
@@ -177,15 +209,46 @@ class Adafactor(FusedOptimizer):
                     f"expected {tuple(shape)} on {param.device}"
                 )
 
-    def _step_one(self, param: Tensor, group: dict[str, Any], inv_scale: float) -> None:
-        """Step one parameter; in fp32 where its dtype has fewer bits."""
+    def _complete(self, param: Tensor, seen: set[int]) -> None:
+        """Make the state that a parameter lacks, and copies of what lies apart or what another parameter has too."""
         state = self.state[param]
-        step = state.get("step", 0.0)
-        if not (torch.is_tensor(step) and step.dtype == torch.float32 and step.shape == () and step.is_cpu):
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        step = lay_out_number(state.get("step", 0.0), seen)
+        state["step"] = step.view(()) if step.ndim else step
         for name, shape in state_shapes(param).items():
-            if state.get(name) is None:
+            value = state.get(name)
+            if value is None:
                 state[name] = torch.zeros_like(param) if name == "variance" else param.new_zeros(shape)
+            elif id(value) in seen or not value.is_contiguous():
+                state[name] = value.clone(memory_format=torch.contiguous_format)
+            seen.add(id(state[name]))
+
+    def _step_native(self, work: list[tuple[Tensor, int]], inv_scale: float) -> None:
+        """Step contiguous fp32 and fp64 parameters, each given with the number of its group."""
+        control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(self.param_groups), dtype=torch.float64, device="cpu")
+        control[0] = inv_scale
+        rows = control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
+        for row, group in zip(rows, self.param_groups, strict=True):
+            eps1, eps2 = group["eps"]
+            hypers = (group["lr"], group["beta2_decay"], -1.0 if eps1 is None else eps1, eps2, group["d"])
+            values = torch.tensor([*map(float, hypers), float(group["weight_decay"])], dtype=torch.float64)
+            row[0] = -1.0 if group["maximize"] else 1.0
+            row[CONTROL_HYPERS : CONTROL_HYPERS + len(values)] = values
+        params = [param for param, _ in work]
+        nothing = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+        row_vars, col_vars, steps = [], [], []
+        for param in params:
+            state = self.state[param]
+            row_vars.append(state["row_var"] if param.ndim >= 2 else nothing[param.dtype])
+            col_vars.append(state["col_var" if param.ndim >= 2 else "variance"])
+            steps.append(state["step"])
+        grads = [param.grad.resolve_neg() for param in params if param.grad is not None]
+        groups = [index for _, index in work]
+        torch.ops.pytrain._adafactor.default(params, grads, row_vars, col_vars, steps, groups, control)
+        torch.autograd.graph.increment_version([*params, *row_vars, *col_vars, *steps])
+
+    def _step_one(self, param: Tensor, group: dict[str, Any], inv_scale: float) -> None:
+        """Step one parameter by torch; in fp32 where its dtype has fewer bits."""
+        state = self.state[param]
         state["step"] += 1
         if not param.numel():
             return
@@ -217,15 +280,6 @@ def check_options(name: str, options: Options) -> None:
     for option, value in options.items():
         if option not in SUPPORTED and value not in (None, False, "nearest"):
             raise ValueError(f"{option}: {name} does not support it; expected it unset, got {value!r}")
-
-
-def check_torch_path(name: str, group: dict[str, Any]) -> None:
-    """Raise BackendError where kernels are demanded that there are not."""
-    demand = "PYTRAIN_BACKEND=native" if backend.wanted() == "native" else "fused=True" if group.get("fused") else ""
-    if demand:
-        raise backend.BackendError(
-            f"{demand}, but there are no kernels for {name}; use PYTRAIN_BACKEND=auto and leave fused unset"
-        )
 
 
 def check_gradient(param: Tensor, where: str) -> None:

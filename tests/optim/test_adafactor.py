@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import error, gradients, like, make_params, run, same_bits
+from optim_cases import error, gradients, like, make_params, needs_kernels, run, same_bits
 from torch import Tensor
 from torch.nn import Parameter
 
+from pytrain import backend
 from pytrain.backend import BackendError
 from pytrain.optim.adafactor import Adafactor
 
@@ -27,14 +28,20 @@ OPTIONS: list[dict[str, Any]] = [
     {"beta2_decay": 0.0, "eps": (1e-30, 1e-3)},
 ]
 SHAPES = [(), (1,), (5,), (1, 1), (1, 6), (6, 1), (33, 7), (3, 4, 5), (4, 3, 3, 5), (1000,)]
+# Several items a tensor, with a rest: a vector, many small matrices, few rows, few columns, a batch of large matrices.
+LARGE = [(70001,), (900, 13, 3), (3, 40001), (20011, 5), (2, 300, 301), (515, 513)]
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_results_and_states_are_torchs_in_fp64(options: dict[str, Any]) -> None:
-    a = make_params(torch.float64, SHAPES)
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE], ids=["small", "large"])
+def test_results_and_states_are_torchs_in_fp64(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], fused: bool | None
+) -> None:
+    a = make_params(torch.float64, shapes)
     b = like(a)
-    mine, theirs = Adafactor(a, **options), torch.optim.Adafactor(b, **options)
-    for step in range(6):
+    mine, theirs = Adafactor(a, fused=fused, **options), torch.optim.Adafactor(b, **options)
+    for step in range(6 if shapes is SHAPES else 2):
         scale = 10.0 ** (step % 3 - 1)  # both sides of the clipping threshold
         for p, q, g in zip(a, b, gradients(a, step), strict=True):
             p.grad, q.grad = g * scale, g * scale
@@ -227,15 +234,37 @@ def test_unsupported_options_are_named() -> None:
     Adafactor([Parameter(torch.ones(1))], kahan=False, state_dtype=None, rounding="nearest", seed=3)
 
 
-def test_demanded_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = Parameter(torch.ones(2))
-    p.grad = torch.ones(2)
-    with pytest.raises(BackendError, match="fused=True, but there are no kernels for Adafactor"):
-        Adafactor([p], fused=True).step()
+@pytest.mark.parametrize("how", ["bfloat16", "transposed", "state"])
+def test_demanded_kernels_that_cannot_serve_are_refused(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = Parameter(torch.ones(2, 3, dtype=torch.bfloat16 if how == "bfloat16" else torch.float32))
+    if how == "transposed":
+        p = Parameter(torch.ones(3, 2).T)
+    p.grad = torch.ones_like(p)
+    message = "kernels are not built|there are no kernels for Adafactor with|'row_var' is torch.float64"
+    demanding, optimizer = Adafactor([p], fused=True), Adafactor([p])
+    if how == "state":
+        for each in (demanding, optimizer):
+            each.state[p]["row_var"] = torch.zeros(2, 1, dtype=torch.float64)
+    with pytest.raises(BackendError, match=f"fused=True, but .*({message})"):
+        demanding.step()
     monkeypatch.setenv("PYTRAIN_BACKEND", "native")
-    with pytest.raises(BackendError, match="PYTRAIN_BACKEND=native, but"):
-        Adafactor([p]).step()
-    assert torch.equal(p.detach(), torch.ones(2))
+    with pytest.raises(BackendError, match=f"PYTRAIN_BACKEND=native, but .*({message})"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones_like(p))
+    monkeypatch.setenv("PYTRAIN_BACKEND", "auto")
+    with pytest.warns(UserWarning, match=message):
+        optimizer.step()
+    assert not torch.equal(p.detach(), torch.ones_like(p))
+
+
+@needs_kernels
+def test_backend_says_what_steps() -> None:
+    groups = [{"params": make_params(dtype, [(3, 2), (4,)])} for dtype in (torch.float32, torch.bfloat16)]
+    optimizer = Adafactor(groups)
+    assert [choice.backend for choice in optimizer.choices] == ["native", "torch"] and optimizer.backend == "mixed"
+    assert "group 1: torch (there are no kernels for Adafactor with torch.bfloat16 parameters)" in repr(optimizer)
+    assert Adafactor(groups[0]["params"]).backend == "native"
+    assert Adafactor(groups[0]["params"], fused=False).choices == [backend.Choice("torch", "fused=False")]
 
 
 @pytest.mark.parametrize("how", ["complex", "sparse", "state", "shared"])
