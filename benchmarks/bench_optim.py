@@ -5,54 +5,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from common import Timing, Triad, interleaved, machine, markdown, nothing, parser, write_json
-from torch import Tensor
+from contestants import LR, Case, Contestant, Maker, check_agreement, gpt2, has_fused, resnet50
 
 import pytrain.optim
-
-LR = 1e-3
-BYTES = {"adamw": 28, "adam": 28, "sgd": 12, "lion": 20}  # of fp32 read and written an element
-
-
-def gpt2() -> list[tuple[int, ...]]:
-    """GPT-2 small: 148 tensors, 124 M elements."""
-    d = 768
-    block = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
-
-
-def resnet50() -> list[tuple[int, ...]]:
-    """ResNet-50: 161 tensors, 25.6 M elements."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    wide_in = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            wide = 4 * width
-            for out, into, kernel in ((width, wide_in, 1), (width, width, 3), (wide, width, 1)):
-                shapes += [(out, into, kernel, kernel), (out,), (out,)]
-            if block == 0:
-                shapes += [(wide, wide_in, 1, 1), (wide,), (wide,)]
-            wide_in = wide
-    return [*shapes, (1000, 2048), (1000,)]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Tensors to step, and the ratio to torch's fused step that pytrain wants to reach with fresh gradients."""
-
-    name: str
-    shapes: list[tuple[int, ...]]
-    target: float | None
-
-    @property
-    def elements(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
-
 
 CASES = [
     Case("300 x 256", [(256,)] * 300, 8.0),
@@ -68,20 +27,19 @@ QUICK = [
     Case("5 x 3, 7", [(3, 7)] * 5, None),
 ]
 
-Maker = Callable[[list[Tensor]], torch.optim.Optimizer]
-
 
 def makers(optimizer: str) -> dict[str, Maker]:
-    """The contestants by name; ours first. Lion has no torch class: its rival is the torch path of our own."""
+    """The contestants by name; ours first. Where torch has no class, the rival is the torch path of our own."""
     ours = pytrain.optim.REGISTRY[optimizer]
-    found: dict[str, Maker] = {"pytrain": lambda params: ours(params, lr=LR)}  # type: ignore[call-arg, arg-type]
+    found: dict[str, Maker] = {"pytrain": lambda params: ours(params, lr=LR)}  # type: ignore[call-arg]
     theirs = getattr(torch.optim, ours.__name__, None)
     if theirs is None:
-        found["torch path"] = lambda params: ours(params, lr=LR, fused=False)  # type: ignore[call-arg, arg-type]
+        found["torch path"] = lambda params: ours(params, lr=LR, fused=False)  # type: ignore[call-arg]
         return found
-    found["fused"] = lambda params: theirs(params, lr=LR, fused=True)
+    if has_fused(theirs):
+        found["fused"] = lambda params: theirs(params, lr=LR, fused=True)
     found["foreach"] = lambda params: theirs(params, lr=LR, foreach=True)
-    found["for-loop"] = lambda params: theirs(params, lr=LR, foreach=False, fused=False)
+    found["for-loop"] = lambda params: theirs(params, lr=LR, foreach=False)
     if optimizer == "adamw" and importlib.util.find_spec("deepspeed") is not None:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -89,61 +47,10 @@ def makers(optimizer: str) -> dict[str, Maker]:
     return found
 
 
-class Contestant:
-    """An optimizer with parameters of its own, and how its gradients come about."""
-
-    def __init__(self, make: Maker, case: Case, dtype: torch.dtype, *, fresh: bool) -> None:
-        torch.manual_seed(0)
-        self.params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in case.shapes]
-        self.sources = [torch.randn(shape).to(dtype) * 1e-2 for shape in case.shapes]
-        self.optimizer = make(self.params)
-        self.fresh = fresh
-        if not fresh:
-            for p, g in zip(self.params, self.sources, strict=True):
-                p.grad = g
-
-    def prepare(self) -> None:
-        """Fresh gradients come from autograd's C++, as in training: no Python object stands for them yet."""
-        if self.fresh:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(torch._foreach_mul(self.params, 1.0), self.sources)
-
-    def run(self) -> None:
-        """The step that is timed."""
-        self.optimizer.step()
-
-
-def check_agreement(optimizer: str, case: Case, dtype: torch.dtype) -> None:
-    """Refuse to time results that are further from fp64 than twice torch's own, or than one rounding.
-
-    Raises:
-        AssertionError: they are.
-    """
-    small = Case(
-        case.name, [shape for shape in case.shapes if torch.Size(shape).numel() < 100_000][:50] or [(100_000,)], None
-    )
-    found: dict[str, list[Tensor]] = {}
+def check(optimizer: str, case: Case, dtype: torch.dtype) -> None:
+    """Raise AssertionError where a step's results do not agree with those of the rivals."""
     every = makers(optimizer)
-    plain = list(every)[-1]
-    exact = Contestant(every[plain], small, torch.float64, fresh=False)
-    for name, make in every.items():
-        contestant = Contestant(make, small, dtype, fresh=False)
-        found[name] = contestant.params
-        if name == "pytrain":
-            for p, q, g in zip(exact.params, contestant.params, contestant.sources, strict=True):
-                p.data.copy_(q.data)
-                p.grad = g.double()
-        for _ in range(3):
-            contestant.run()
-    for _ in range(3):
-        exact.run()
-    pairs = {name: list(zip(params, exact.params, strict=True)) for name, params in found.items()}
-    errors = {name: max((p.double() - e).abs().max().item() for p, e in pair) for name, pair in pairs.items()}
-    rounding = torch.finfo(dtype).eps * max(p.abs().max().item() for p in exact.params)
-    allowed = max(2 * max(error for name, error in errors.items() if name != "pytrain"), rounding)
-    assert errors["pytrain"] <= allowed, (
-        f"{optimizer}, {case.name}: error {errors['pytrain']:.3g}, allowed {allowed:.3g}"
-    )
+    check_agreement(optimizer, every, case.sample(), dtype, every[list(every)[-1]])
 
 
 def measure(
@@ -154,6 +61,7 @@ def measure(
     triad = Triad(min(max(case.elements, 1_000), 40_000_000))
     times: dict[str, Timing] = {}
     ratios: dict[str, float] = {}
+    moved = 0
     for rival in [name for name in every if name != "pytrain"]:
         ours = Contestant(every["pytrain"], case, dtype, fresh=fresh)
         theirs = Contestant(every[rival], case, dtype, fresh=fresh)
@@ -166,12 +74,12 @@ def measure(
         ratios[rival] = found["theirs"].median / found["ours"].median
         if main:
             times = {"pytrain": found["ours"], rival: found["theirs"], "triad": found["triad"]}
+            moved = ours.step_bytes()
         del ours, theirs
         gc.collect()
-    per_element = BYTES[optimizer] * dtype.itemsize / 4
-    moved = case.elements * per_element
     share = moved / times["pytrain"].median / (triad.bytes / times["triad"].median)
     first = next(iter(ratios))
+    target = case.target if fresh and first == "fused" else None
     return {
         "optimizer": optimizer,
         "dtype": str(dtype).removeprefix("torch."),
@@ -186,8 +94,8 @@ def measure(
         "ratios": ratios,
         "gb_per_s": moved / times["pytrain"].median / 1e9,
         "share_of_triad": share,
-        "target": case.target if fresh else None,
-        "met": None if case.target is None or not fresh else ratios[first] >= case.target,
+        "target": target,
+        "met": None if target is None else ratios[first] >= target,
     }
 
 
@@ -222,7 +130,7 @@ def main(argv: list[str]) -> int:
     if args.cases:
         cases = [case for case in cases if any(part.strip() in case.name for part in args.cases.split(","))]
     for case in cases:
-        check_agreement(args.optimizer, case, dtype)
+        check(args.optimizer, case, dtype)
     print(f"{args.optimizer}, {args.dtype}: results agree; {machine()}", flush=True)
     rows = []
     for case in cases:

@@ -70,10 +70,23 @@ def test_a_standard_header_under_the_target_is_found(tmp_path: Path) -> None:
     )
 
 
-def test_every_rule_has_mutants_and_some_are_killed() -> None:
-    """The whole run is the tool itself; here two mutants a file."""
+def test_every_rule_codec_and_format_has_mutants_and_some_are_killed() -> None:
+    """The whole run is the tool itself; here two mutants a part."""
     found = list(mutate_rules.mutants(ROOT / "csrc"))
     files = {mutant.file for mutant in found}
-    assert files == {path.name for path in (ROOT / "csrc" / "rules").glob("*.h")} - {"all.h"}
-    assert len(found) > 60
-    assert mutate_rules.main(["--sample", "4"]) == 0
+    guarded = {"core/half.h", "core/codec.h", "core/random.h", "core/sum.h", "cpu/storage.h"}
+    assert files == set(mutate_rules.closures()) | guarded
+    assert len(found) > 600
+    assert {name for file in files for name in mutate_rules.rules_in(file).values()} == {
+        rule.name for rule in mutate_rules.load_test().RULES.values()
+    }
+    assert mutate_rules.main(["--sample", "2"]) == 0
+
+
+def test_a_mutant_that_no_test_kills_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmless = mutate_rules.Mutant("codecs", "core/random.h", 10, "", "")
+    monkeypatch.setattr(mutate_rules, "mutants", lambda csrc, parts: iter([harmless]))
+    assert mutate_rules.main(["--only", "codecs"]) == 1
+    assert "SURVIVED" in capsys.readouterr().out

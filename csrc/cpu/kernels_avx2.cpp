@@ -23,6 +23,8 @@
 #include "rules/all.h"
 
 #include "cpu/adafactor.h"
+#include "cpu/tiles.h"
+
 #include "cpu/storage.h"
 
 #include "cpu/kernels.h"

@@ -55,7 +55,7 @@ struct AdafactorJob {
 
 constexpr int max_adafactor_bytes = 320;
 
-// Adafactor's step of one tensor: phases, each of items that threads may share in any way; a phase begins when all items
+// Adafactor's step of one tensor: phases, each of items that threads may share at will; a phase begins when all items
 // of the one before are done. `memory` holds a prepared step.
 struct AdafactorFunctions {
   int64_t (*workspace)(const AdafactorJob& job);  // in doubles; it need not be cleared

@@ -7,7 +7,7 @@ gradients of a model never stand in memory together. What needs them together ca
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Release:
         """Step these parameters from now on as soon as they have a gradient."""
         for param in params:
             if param.requires_grad and id(param) not in self.hooks:
-                self.hooks[id(param)] = param.register_post_accumulate_grad_hook(self.arrived)  # type: ignore[no-untyped-call]
+                register: Any = param.register_post_accumulate_grad_hook
+                self.hooks[id(param)] = register(self.arrived)
 
     def check_step(self) -> None:
         """Raise RuntimeError where `step` comes from a loss scaler: the scaled gradients have been stepped already."""

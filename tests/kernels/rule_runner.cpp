@@ -9,7 +9,7 @@ namespace rules = pytrain::PT_ISA::rules;
 
 namespace {
 
-// One step of one tensor, as the kernels do it: sums first where the rule wants them, then the update, then the scalars.
+// One step of one tensor, as the kernels do it: sums where the rule wants them, then the update, then the scalars.
 template <class Rule, int... I>
 void run(const double* hypers, double t, double* p, const double* g, double* const* states, double* scalars, int64_t n,
          std::integer_sequence<int, I...>) {

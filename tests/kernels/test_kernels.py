@@ -1,4 +1,4 @@
-"""Builds kernel_test.cpp without torch and runs it: natively, with sanitizers, and on an emulated old processor."""
+"""Builds the C++ tests without torch and runs them: natively, with sanitizers, and on an emulated old processor."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["tests/kernels/kernel_test.cpp", *(f"csrc/cpu/{name}.cpp" for name in (
+KERNELS = [f"csrc/cpu/{name}.cpp" for name in (
     "isa", "dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512"
-))]  # fmt: skip
+)]  # fmt: skip
+SOURCES = {"kernel_test": ["tests/kernels/kernel_test.cpp", *KERNELS], "codec_test": ["tests/kernels/codec_test.cpp"]}
 FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Icsrc"]
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 QEMU = shutil.which("qemu-x86_64")
 
 
-def build(folder: Path, compiler: str, flags: list[str]) -> Path:
-    """Compile the test; skips where the compiler is missing."""
+def build(folder: Path, compiler: str, flags: list[str], name: str = "kernel_test") -> Path:
+    """Compile a test; skips where the compiler is missing."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    program = folder / "kernel_test"
-    subprocess.run([compiler, *FLAGS, *flags, *SOURCES, "-o", str(program)], check=True, cwd=ROOT)
+    program = folder / name
+    subprocess.run([compiler, *FLAGS, *flags, *SOURCES[name], "-o", str(program)], check=True, cwd=ROOT)
     return program
 
 
@@ -43,8 +44,15 @@ def test_all_levels_of_this_machine_give_the_baselines_bits(program: Path) -> No
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
-def test_sanitizers_find_nothing(compiler: str, tmp_path: Path) -> None:
-    done = run([str(build(tmp_path, compiler, SANITIZE)), "few"])
+def test_codecs_agree_with_slow_ones_in_fp64(compiler: str, tmp_path: Path) -> None:
+    done = run([str(build(tmp_path, compiler, ["-O3"], "codec_test"))])
+    assert done.returncode == 0 and done.stdout.rstrip().endswith(" passed, 0 failed"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_sanitizers_find_nothing(compiler: str, name: str, tmp_path: Path) -> None:
+    done = run([str(build(tmp_path, compiler, SANITIZE, name)), "few"])
     if "cannot find" in done.stderr and "asan" in done.stderr:
         pytest.skip(f"{compiler} has no sanitizer runtime here")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -30,11 +30,11 @@ STEPS = 8  # RAdam changes its ways in the sixth
 COMPILER = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
 
 
-def build(csrc: Path, folder: Path) -> Path:
-    """Compile the rules in `csrc` into a shared library in `folder`."""
+def build(csrc: Path, folder: Path, *more: str) -> Path:
+    """Compile the rules in `csrc` into a shared library in `folder`, with more flags."""
     library = folder / "rules.so"
     source = ROOT / "tests" / "kernels" / "rule_runner.cpp"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{csrc}"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", *more, f"-I{csrc}", "-shared"]
     subprocess.run([COMPILER, *flags, str(source), "-o", str(library)], check=True, capture_output=True)
     return library
 
@@ -59,6 +59,8 @@ def compare_with(library: Path, rule: Rule, values: dict[str, float]) -> None:
     for t in range(1, STEPS + 1):
         g = torch.randn(64, generator=generator, dtype=torch.float64)
         g[:4] = 0.0  # where the momentum decides
+        if t % 3 == 0:
+            g[6:10] = 0.0  # beside a momentum of either sign
         g[5] = 1e-9 if t % 2 == 0 else 1e6  # what is left of a momentum that is forgotten would show
         g[4] = q[4] * -values["weight_decay"]
         if rule.sums:

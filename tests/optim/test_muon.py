@@ -317,7 +317,8 @@ def test_schedulers_move_both_parts(tensor_lr: bool) -> None:
     lr: Any = torch.tensor(0.25) if tensor_lr else 0.25
     mine = Muon(a, lr=lr, adamw_lr_ratio=0.5)
     plain = [Muon([p for p in b if p.ndim == 2], lr=0.25)]
-    plain += [AdamW([p for p in b if p.ndim != 2], lr=0.125, betas=(0.9, 0.95), weight_decay=0.1)]  # type: ignore[list-item]
+    rest = [p for p in b if p.ndim != 2]
+    plain += [AdamW(rest, lr=0.125, betas=(0.9, 0.95), weight_decay=0.1)]  # type: ignore[list-item]
     plans = [lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (mine, *plain)]
     for step in range(4):
         for p, q, g in zip(a, b, gradients(a, step), strict=True):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from typing import Any
 
 import pytest
 import torch
+from format_cases import ALL_FORMATS_OF_ADAMW, BF16, FORMATS, FP16, NAMES, SHAPES, SOME_FORMATS_OF_ALL, equal, state_of
 from optim_cases import (
     LAYOUTS,
     LEVELS,
@@ -21,13 +20,11 @@ from optim_cases import (
     run,
     same_bits,
     threads,
-    torch_class,
 )
-from torch import Tensor
 from torch.nn import Parameter
 
 from pytrain import backend
-from pytrain.optim import REGISTRY, SGD, AdamW, FusedOptimizer
+from pytrain.optim import REGISTRY, SGD, AdamW
 from pytrain.optim.storage import (
     CODES,
     decode_param,
@@ -36,51 +33,6 @@ from pytrain.optim.storage import (
     random_bits,
     round_by_chance,
 )
-
-BF16, FP16 = torch.bfloat16, torch.float16
-NAMES = list(VARIANTS)
-SHAPES = [(), (0,), (7,), (33, 7), (5000,), (4, 3, 3, 5), (2, 65, 70)]
-FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "master": (BF16, {"master_weights": True}),
-    "master fp16": (FP16, {"master_weights": True}),
-    "compact master": (BF16, {"master_weights": "compact"}),
-    "kahan": (BF16, {"kahan": True}),
-    "kahan fp16": (FP16, {"kahan": True}),
-    "stochastic": (BF16, {"rounding": "stochastic", "seed": 5}),
-    "stochastic fp16": (FP16, {"rounding": "stochastic", "seed": 6}),
-    "bf16 state": (torch.float32, {"state_dtype": "bf16"}),
-    "bf16 state by chance": (torch.float32, {"state_dtype": "bf16", "rounding": "stochastic"}),
-    "8-bit state": (torch.float32, {"state_dtype": "8bit"}),
-    "8-bit state by chance": (torch.float32, {"state_dtype": "8bit", "rounding": "stochastic", "seed": 7}),
-    "8-bit state, master": (BF16, {"state_dtype": "8bit", "master_weights": True}),
-    "fp32 state, kahan": (BF16, {"state_dtype": "fp32", "kahan": True}),
-    "average": (torch.float32, {"ema_decay": 0.9}),
-    "average fp64": (torch.float64, {"ema_decay": 0.9}),
-    "average, stochastic": (BF16, {"ema_decay": 0.9, "rounding": "stochastic"}),
-    "average, kahan": (BF16, {"ema_decay": 0.9, "kahan": True}),
-    "zero": (torch.float32, {"zero_grad_in_step": True}),
-    "zero, 8-bit state": (BF16, {"zero_grad_in_step": True, "state_dtype": "8bit"}),
-}
-# Rules and formats are independent: one rule in every format, and every rule in formats that touch all codecs.
-ALL_FORMATS_OF_ADAMW = [("adamw", form) for form in FORMATS]
-SOME_FORMATS_OF_ALL = [
-    (name, form)
-    for name in NAMES
-    if name != "adamw"
-    for form in ("kahan", "8-bit state by chance", "8-bit state, master", "average, stochastic")
-]
-
-
-def state_of(optimizer: FusedOptimizer) -> list[Tensor]:
-    """All tensors of an optimizer: parameters, then states by name."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [*params, *(value for p in params for _, value in sorted(optimizer.state[p].items()))]
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Equal values and dtypes, nan where there is nan."""
-    return all(x.dtype == y.dtype and torch.allclose(x, y, 0, 0, equal_nan=True) for x, y in zip(a, b, strict=True))
-
 
 # ---- the kernels against the codecs in torch -----------------------------------------------------------------------
 
@@ -346,114 +298,6 @@ def test_layouts_do_not_matter_to_a_format(form: str, layout: str) -> None:
         assert same_bits(plain, odd)
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def steps(optimizer: torch.optim.Optimizer, params: list[Tensor], begin: int, end: int) -> None:
-    for step in range(begin, end):
-        for p, g in zip(params, gradients(params, step), strict=True):
-            p.grad = g
-        optimizer.step()
-
-
-def saved(optimizer: FusedOptimizer, **how: Any) -> dict[str, Any]:
-    """A checkpoint, through a file."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(**how), file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
-
-
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
-@pytest.mark.parametrize(("name", "form"), ALL_FORMATS_OF_ADAMW + SOME_FORMATS_OF_ALL)
-def test_save_load_go_on_is_bit_for_bit_in_every_format(name: str, form: str, how: str) -> None:
-    dtype, storage = FORMATS[form]
-    shapes = [(7,), (5000,), (4, 3)]
-    params, whole = make_params(dtype, shapes), make_params(dtype, shapes)
-    optimizer = ours(name, params, **storage)
-    steps(optimizer, params, 0, 2)
-    if how == "deepcopy":
-        optimizer = copy.deepcopy(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-    else:
-        params = like(params)
-        fresh = ours(name, params, **storage)
-        fresh.load_state_dict(saved(optimizer))
-        optimizer = fresh
-    steps(optimizer, params, 2, 4)
-    straight = ours(name, whole, **storage)
-    steps(straight, whole, 0, 4)
-    assert equal(state_of(optimizer), state_of(straight))
-
-
-@pytest.mark.parametrize(
-    ("name", "form"), [case for case in ALL_FORMATS_OF_ADAMW + SOME_FORMATS_OF_ALL if torch_class(case[0])]
-)
-def test_checkpoints_go_from_torch_into_every_format_and_back(name: str, form: str) -> None:
-    dtype, storage = FORMATS[form]
-    params = make_params(dtype, [(7,), (5000,)])
-    theirs: Any = torch_class(name)(params)  # type: ignore[misc]
-    steps(theirs, params, 0, 2)
-    good = all(p.isfinite().all() for p in params)  # torch's own Adam in fp16 divides by an eps of zero
-    mine = ours(name, params, **storage)
-    mine.load_state_dict(theirs.state_dict())
-    steps(mine, params, 2, 3)
-    back: Any = torch_class(name)(params)  # type: ignore[misc]
-    portable = saved(mine, portable=True)
-    back.load_state_dict(portable)
-    assert portable["state"].keys() == theirs.state_dict()["state"].keys()
-    for index, state in portable["state"].items():
-        keys = {key for key, value in theirs.state_dict()["state"][index].items() if value is not None}
-        assert state.keys() == keys
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        assert all(value.dtype == wide for key, value in state.items() if value.dim() and key != "step")
-    assert all(p.isfinite().all() for p in params) or not good
-    steps(back, params, 3, 4)
-
-
-@pytest.mark.parametrize("to", ["compact master", "kahan", "8-bit state, master", "stochastic"])
-@pytest.mark.parametrize("begin", ["master", "compact master", "kahan", "8-bit state, master"])
-def test_checkpoints_go_from_one_format_into_another(begin: str, to: str) -> None:
-    params = make_params(BF16, [(7,), (5000,)])
-    first = AdamW(params, **FORMATS[begin][1])
-    steps(first, params, 0, 3)
-    second = AdamW(params, **FORMATS[to][1])
-    second.load_state_dict(saved(first))
-    steps(second, params, 3, 4)
-    wanted = AdamW(like(params), **FORMATS[to][1])
-    steps(wanted, wanted.param_groups[0]["params"], 0, 1)
-    for p, q in zip(params, wanted.param_groups[0]["params"], strict=True):
-        kinds = [{k: v.dtype for k, v in o.state[x].items()} for o, x in ((second, p), (wanted, q))]
-        if FORMATS[to][1].get("state_dtype") or ("master" in to and "8-bit" not in begin):
-            assert kinds[0].keys() == kinds[1].keys()
-        assert second.state[p]["step"] == 4
-
-
-@pytest.mark.parametrize("form", ["master", "8-bit state", "average", "kahan"])
-def test_dcps_own_step_changes_neither_parameters_nor_averages(form: str) -> None:
-    """get_optimizer_state_dict steps a fresh optimizer once by itself, with zero gradients and a rate of zero."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    dtype, storage = FORMATS[form]
-    model = torch.nn.Linear(70, 70).to(dtype)
-    before = like(list(model.parameters()))
-    optimizer = AdamW(model.parameters(), lr=0.5, weight_decay=0.5, **storage)
-    found = get_optimizer_state_dict(model, optimizer)
-    assert same_bits(before, list(model.parameters())) and optimizer.param_groups[0]["lr"] == 0.5
-    for p in model.parameters():
-        if "ema" in optimizer.state[p]:
-            assert torch.equal(optimizer.state[p]["ema"], p.detach())
-    for step in range(2):
-        for p, g in zip(model.parameters(), gradients(list(model.parameters()), step), strict=True):
-            p.grad = g
-        optimizer.step()
-    found = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    other = AdamW(model.parameters(), **storage)
-    set_optimizer_state_dict(model, other, found)
-    assert equal(state_of(optimizer), state_of(other))
-
-
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 IMPOSSIBLE = [
@@ -497,5 +341,6 @@ def test_a_dtype_that_excludes_an_option_is_named_before_anything_is_written() -
 
 def test_options_are_the_same_for_every_optimizer() -> None:
     for cls in REGISTRY.values():
-        optimizer = cls([Parameter(torch.ones(1))], master_weights=True, ema_decay=0.5, seed=4)  # type: ignore[call-arg]
+        options: dict[str, Any] = {"master_weights": True, "ema_decay": 0.5, "seed": 4}
+        optimizer = cls([Parameter(torch.ones(1))], **options)
         assert (optimizer.storage.keep, optimizer.storage.ema_decay, optimizer.storage.seed) == ("master", 0.5, 4)
