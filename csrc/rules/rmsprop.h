@@ -39,7 +39,9 @@ struct RMSprop {
     g = penalized(g, p, T(weight_decay));
     v = T(alpha) * v + T(fresh) * g * g;
     mean = lerp(mean, g, T(fresh));
-    return g / (square_root(v - mean * mean) + T(eps));
+    // Rounding, above all of states kept in few bits, can make it negative; torch's is nan then.
+    const T variance = v - mean * mean;
+    return g / (square_root(variance < T(0) ? T(0) : variance) + T(eps));
   }
 
   template <class T>

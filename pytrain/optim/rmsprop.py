@@ -21,7 +21,7 @@ def rmsprop(
     g = g + weight_decay * p if weight_decay else g
     v.mul_(alpha).addcmul_(g, g, value=1 - alpha)
     variance = v if c is None else v - c.lerp_(g, 1 - alpha) ** 2
-    direction = g / (variance.sqrt() + eps)
+    direction = g / (variance.clamp(min=0).sqrt() + eps)
     return lr * (direction if b is None else b.mul_(momentum).add_(direction))
 
 

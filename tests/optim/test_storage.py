@@ -24,7 +24,7 @@ from optim_cases import (
 from torch.nn import Parameter
 
 from pytrain import backend
-from pytrain.optim import REGISTRY, SGD, AdamW
+from pytrain.optim import REGISTRY, SGD, AdamW, RMSprop
 from pytrain.optim.storage import (
     CODES,
     decode_param,
@@ -344,3 +344,15 @@ def test_options_are_the_same_for_every_optimizer() -> None:
         options: dict[str, Any] = {"master_weights": True, "ema_decay": 0.5, "seed": 4}
         optimizer = cls([Parameter(torch.ones(1))], **options)
         assert (optimizer.storage.keep, optimizer.storage.ema_decay, optimizer.storage.seed) == ("master", 0.5, 4)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("storage", [{"state_dtype": "8bit"}, {"state_dtype": "bf16"}])
+def test_a_variance_that_rounding_makes_negative_is_zero(storage: dict[str, Any], fused: bool | None) -> None:
+    """Centred RMSprop takes the root of v - c^2, which nears 0 where gradients do not change."""
+    p = Parameter(torch.zeros(5000))
+    optimizer = RMSprop([p], lr=0.01, alpha=0.9, centered=True, fused=fused, **storage)
+    for _ in range(60):
+        p.grad = torch.linspace(0.5, 1.5, 5000)
+        optimizer.step()
+    assert p.isfinite().all()
