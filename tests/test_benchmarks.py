@@ -139,7 +139,7 @@ def test_a_wrong_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loss_parity_of_a_tiny_model_writes_page_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib, which draws the plot")
     tiny = ["--steps", "20", "--width", "32", "--layers", "1", "--context", "16", "--batch", "4", "--threads", "1"]
     before = torch.get_num_threads()
     try:

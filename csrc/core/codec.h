@@ -70,7 +70,7 @@ PT_HD uint8_t encode_signed(float x, uint32_t cut) {
   return static_cast<uint8_t>(((u >> 24) & 0x80u) | code_of(u & 0x7fffffffu, largest_signed, cut, 0));
 }
 
-// Anything above zero gets a code above zero: a square root of it is divided by.
+// What is above zero relative to the scale gets a code above zero: a square root of it is divided by.
 PT_HD uint8_t encode_unsigned(float x, uint32_t cut) {
   return static_cast<uint8_t>(code_of(as_bits(x), largest_unsigned, cut, static_cast<int32_t>(x > 0.0f)));
 }
