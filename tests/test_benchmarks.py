@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_formats
 import bench_optim
+import bench_release
 import bench_rules
 import loss_parity
 from common import interleaved, markdown, nothing
@@ -136,6 +137,15 @@ def test_a_wrong_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(AssertionError, match="wrong, sample: error"):
         form.check()
+
+
+def test_both_ways_of_gradient_release_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert bench_release.main(["--quick", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["way"] for row in rows] == ["all gradients, then step", "step_in_backward"]
+    assert all(row["peak"] > 12 * row["parameters"] for row in rows)  # parameters and two states in fp32
+    assert "the losses agree" in capsys.readouterr().out
 
 
 def test_loss_parity_of_a_tiny_model_writes_page_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

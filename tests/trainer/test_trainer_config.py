@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from trainer_cases import Classifier, Mean, Validated, batches, make_trainer, read_metrics
 
+from pytrain.optim import AdamW
 from pytrain.trainer import Module, Trainer
 
 
@@ -199,3 +200,25 @@ def test_log_refuses_reserved_names_and_values_that_are_no_numbers() -> None:
         module.log("a", torch.ones(2))
     with pytest.raises(TypeError, match="'a' must be a number or a tensor, got str"):
         module.log("a", "x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}, {"precision": "fp16-mixed"}],
+    ids=str,
+)
+def test_what_needs_all_gradients_is_refused_beside_step_in_backward(tmp_path: Path, settings: dict[str, Any]) -> None:
+    module = Classifier(lambda params: AdamW(params, step_in_backward=True))
+    before = [p.clone() for p in module.parameters()]
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"Trainer: {name}={value!r} needs all gradients.*step_in_backward"):
+        make_trainer(tmp_path, max_steps=1, **settings).fit(module, batches(2))
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+def test_step_in_backward_trains_like_a_step_after_it(tmp_path: Path) -> None:
+    modules = [Classifier(lambda params, r=release: AdamW(params, step_in_backward=r)) for release in (True, False)]
+    for module in modules:
+        torch.manual_seed(0)  # dropout's
+        make_trainer(tmp_path, max_steps=6).fit(module, batches(6))
+    assert all(torch.equal(p, q) for p, q in zip(*(module.parameters() for module in modules), strict=True))
