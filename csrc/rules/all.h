@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "rules/adabelief.h"
 #include "rules/adadelta.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
@@ -33,7 +34,8 @@ struct List {
 
 using All = List<SGD, SGDMomentum, SGDNesterov, Adam, AdamAmsgrad, AdamW, AdamWAmsgrad, Adamax, NAdam, RAdam, Adagrad,
                  Adadelta, RMSprop, RMSpropMomentum, RMSpropCentered, RMSpropCenteredMomentum, ASGD, Rprop, Lion, Lamb,
-                 Lars, NovoGrad, Adan, AdEMAMix, StableAdamW, ScheduleFreeAdamW, CautiousAdamW, CautiousLion>;
+                 Lars, NovoGrad, Adan, AdEMAMix, StableAdamW, ScheduleFreeAdamW, CautiousAdamW, CautiousLion,
+                 AdaBelief>;
 
 // How many state tensors a rule has, from its list of names.
 template <class Rule>

@@ -1,5 +1,6 @@
 """Drop-in replacements for torch.optim's optimizers, and optimizers that torch does not have."""
 
+from pytrain.optim.adabelief import AdaBelief
 from pytrain.optim.adadelta import Adadelta
 from pytrain.optim.adafactor import Adafactor
 from pytrain.optim.adagrad import Adagrad
@@ -32,6 +33,7 @@ __all__ = [
     "REGISTRY",
     "SGD",
     "AdEMAMix",
+    "AdaBelief",
     "Adadelta",
     "Adafactor",
     "Adagrad",
