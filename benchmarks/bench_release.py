@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import machine, markdown, parser, write_json
-from torch import nn
+from torch import Tensor, nn
 
 from pytrain.optim import AdamW
 
@@ -25,26 +25,35 @@ MIB = 2**20
 
 
 def resident_peak() -> int:
-    """Bytes; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    """Bytes. Linux starts ru_maxrss with the parent process's, but tells the own one in /proc; macOS counts bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].removesuffix("kB"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def train(layers: int, width: int, release: bool) -> dict[str, Any]:
     """Take some steps; the peak in bytes, and the last loss, which must not depend on the way."""
     torch.manual_seed(0)
     inputs = torch.randn(8, width)
-    nn.Linear(width, width)(inputs).sum().backward()  # torch's own memory for its first products
+    run(nn.Sequential(nn.Linear(width, 8)), inputs, release)  # what torch loads and keeps for its first steps
     before = resident_peak()
     model = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+    loss = run(model, inputs, release)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"peak": resident_peak() - before, "parameters": parameters, "loss": loss}
+
+
+def run(model: nn.Module, inputs: Tensor, release: bool) -> float:
+    """The last loss of some steps."""
     optimizer = AdamW(model.parameters(), lr=1e-4, step_in_backward=release)
     for _ in range(STEPS):
         loss = model(inputs).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"peak": resident_peak() - before, "parameters": parameters, "loss": loss.item()}
+    return float(loss)
 
 
 def measure(layers: int, width: int, release: bool, threads: int) -> dict[str, Any]:
