@@ -6,14 +6,13 @@ against the same format on the torch path, both against fp64.
 
 from __future__ import annotations
 
-import gc
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from common import Triad, interleaved, machine, markdown, nothing, parser, write_json
+from common import Triad, free_memory, interleaved, machine, markdown, nothing, parser, write_json
 from contestants import LR, Case, Contestant, Maker, check_agreement, gpt2
 from torch import Tensor
 
@@ -83,7 +82,7 @@ def measure(form: Format, case: Case, *, repeat: int, budget: float) -> dict[str
     moved = ours.step_bytes()
     share = moved / found["ours"].median / (triad.bytes / found["triad"].median)
     del ours, rival
-    gc.collect()
+    free_memory()
     return {
         "format": form.name,
         "case": case.name,

@@ -6,14 +6,13 @@ where there is one; every rule is measured against our AdamW, whose step moves 2
 
 from __future__ import annotations
 
-import gc
 import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from common import Timing, Triad, interleaved, machine, markdown, nothing, parser, write_json
+from common import Timing, Triad, free_memory, interleaved, machine, markdown, nothing, parser, write_json
 from contestants import LR, Case, Contestant, Maker, check_agreement, gpt2, has_fused
 from torch import Tensor
 
@@ -106,7 +105,7 @@ def measure(subject: Subject, case: Case, *, repeat: int, budget: float) -> dict
         times = {"pytrain": found["ours"], **times, rival: found["theirs"]}
         share = ours.step_bytes() / found["ours"].median / (triad.bytes / found["triad"].median)
         del ours, theirs
-        gc.collect()
+        free_memory()
     return {
         "optimizer": subject.name,
         "case": case.name,

@@ -153,7 +153,7 @@ def began(optimizer: torch.optim.Optimizer) -> bool:
 
 def bits(x: Tensor) -> Tensor:
     """The tensor's memory as integers."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.detach().contiguous().view(whole)
 
 

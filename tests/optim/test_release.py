@@ -48,9 +48,9 @@ def test_bits_are_those_of_a_step_after_backward(cls: Any, options: dict[str, An
         plain.step()
         plain.zero_grad()
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert p.grad is None and same_bits(p, q)
+        assert p.grad is None and same_bits([p], [q])
         assert released.state[p].keys() == plain.state[q].keys()
-        assert all(torch.equal(value, plain.state[q][key]) for key, value in released.state[p].items())
+        assert same_bits(list(released.state[p].values()), [plain.state[q][key] for key in released.state[p]])
 
 
 def test_one_gradient_at_a_time_is_alive() -> None:
@@ -79,7 +79,7 @@ def test_a_loss_scaler_is_refused() -> None:
     optimizer = SGD(model.parameters(), lr=0.1, step_in_backward=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(model(torch.ones(1, 8)).sum()).backward()
-    with pytest.raises((RuntimeError, AssertionError), match="scaled|No inf checks"):
+    with pytest.raises(RuntimeError, match="step_in_backward=True: .* gradients that were still scaled"):
         scaler.step(optimizer)
 
 
