@@ -30,6 +30,7 @@ KERNEL_SOURCES = [
     "csrc/ops/table.cpp",
     "csrc/ops/optim.cpp",
     "csrc/ops/adafactor.cpp",
+    "csrc/ops/step.cpp",
 ]
 BIND_MODULE = "pytrain._C"
 BIND_SOURCES = ["csrc/bind.cpp", "csrc/core/layout.cpp", "csrc/cpu/isa.cpp"]

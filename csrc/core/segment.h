@@ -28,6 +28,7 @@ struct Storage {
   Format states[max_states] = {};
   Keep keep = Keep::nothing;
   bool ema = false;
+  bool ema_by_count = false;  // an average begins with its parameter's first step, whatever its weight
   bool zero_grad = false;
   bool stochastic = false;
   uint64_t seed = 0;

@@ -119,7 +119,7 @@ constexpr pytrain::cpu::RuleFunctions functions() {
 
 template <class... Rules>
 constexpr pytrain::cpu::Kernels table(rules::List<Rules...>) {
-  return {{functions<Rules>()...}, &step, &take_sums, &all_finite, adafactor_functions<float>(),
+  return {{functions<Rules>()...}, &step, &take_sums, &stats, &average_all, adafactor_functions<float>(),
           adafactor_functions<double>()};
 }
 

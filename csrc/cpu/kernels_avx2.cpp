@@ -27,6 +27,8 @@
 
 #include "cpu/storage.h"
 
+#include "cpu/stats.h"
+
 #include "cpu/kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -21,4 +21,6 @@
 
 #include "cpu/storage.h"
 
+#include "cpu/stats.h"
+
 #include "cpu/kernels.h"

@@ -205,7 +205,8 @@ struct Part {
 
 template <class T>
 void average(const Part& part, const T* p, int64_t first, int64_t n) {
-  if (part.job.storage.ema) average_tile(static_cast<T*>(part.extra->ema) + first, p, T(part.ema_weight), n);
+  if (!part.job.storage.ema || part.ema_weight == 0.0) return;
+  average_tile(static_cast<T*>(part.extra->ema) + first, p, T(part.ema_weight), n);
 }
 
 void zero_grad(const Part& part, int64_t first, int64_t n) {
@@ -213,17 +214,33 @@ void zero_grad(const Part& part, int64_t first, int64_t n) {
   if (part.job.storage.zero_grad) __builtin_memset(static_cast<char*>(part.segment.grad) + first * size, 0, n * size);
 }
 
-// Parameter and states are stored in T: through memory in one go, or tile by tile where an average follows.
+constexpr int64_t stretch = 4 * tile;
+
+// The gradients of up to a stretch and their coefficient: in memory itself, or clamped in `memory`, with their sign.
+template <class T>
+const T* clipped(const Part& part, const T* g, T* memory, T& coef, int64_t n) {
+  const T limit = T(part.job.control->clip_value);
+  if (limit == T(0)) return g;
+  clamp_tile(g, coef, limit, memory, n);
+  coef = T(1);
+  return memory;
+}
+
+// Parameter and states are stored in T: through memory in one go, or a stretch at a time where something follows.
 template <class T, class Update>
 void step_direct(const Part& part, Update update, const void* rule, int64_t first, int64_t n) {
   const Storage& storage = part.job.storage;
-  const int64_t stride = storage.ema || storage.zero_grad ? 4 * tile : n;
+  const bool in_one_go = !storage.ema && !storage.zero_grad && part.job.control->clip_value == 0.0;
+  const int64_t stride = in_one_go ? n : stretch;
+  T memory[stretch];
   for (int64_t end = first + n; first < end; first += stride) {
     const int64_t m = end - first < stride ? end - first : stride;
     T* const p = static_cast<T*>(part.segment.param) + first;
     T* states[pytrain::core::max_states];
     for (int s = 0; s < part.job.rule->states; ++s) states[s] = static_cast<T*>(part.segment.states[s]) + first;
-    update(rule, T(part.coef), p, static_cast<const T*>(part.segment.grad) + first, states, m);
+    T coef = T(part.coef);
+    const T* const g = clipped(part, static_cast<const T*>(part.segment.grad) + first, memory, coef, m);
+    update(rule, coef, p, g, states, m);
     average<T>(part, p, first, m);
     zero_grad(part, first, m);
   }
@@ -238,10 +255,10 @@ void step_tiles(const Part& part, const void* rule, int64_t first, int64_t n) {
   for (int64_t end = first + n; first < end; first += tile) {
     const int64_t m = end - first < tile ? end - first : tile;
     decode(at, n_states, first, m, t);
-    if (part.job.rule->measure_writes) {
-      part.job.rule->measure32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, terms, m);
-    }
-    part.job.rule->update32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, m);
+    float coef = static_cast<float>(part.coef);
+    t.g = clipped(part, t.g, t.g_memory, coef, m);
+    if (part.job.rule->measure_writes) part.job.rule->measure32(rule, coef, t.p, t.g, t.states, terms, m);
+    part.job.rule->update32(rule, coef, t.p, t.g, t.states, m);
     t.chance.begin(at, first);
     for (int s = 0; s < n_states; ++s) encode_state(at, s, first, m, t.states[s], t.chance);
     if (at.storage.param == Format::bf16) encode_param<core::Bf16>(at, first, m, t.p, t.chance);
@@ -271,14 +288,15 @@ void step_part(const Part& part, const void* rule, int64_t first, int64_t n) {
 // The sums over one block, in tiles, each tile's added to those before it.
 template <class T, class Measure>
 void measure_direct(const Part& part, Measure measure, const void* rule, int64_t first, int64_t n, double* sums) {
-  T memory[pytrain::core::max_sums][tile];
+  T memory[pytrain::core::max_sums][tile], g_memory[tile];
   T* const terms[] = {memory[0], memory[1]};
   for (int64_t end = first + n; first < end; first += tile) {
     const int64_t m = end - first < tile ? end - first : tile;
+    T coef = T(part.coef);
+    const T* const g = clipped(part, static_cast<const T*>(part.segment.grad) + first, g_memory, coef, m);
     T* states[pytrain::core::max_states];
     for (int s = 0; s < part.job.rule->states; ++s) states[s] = static_cast<T*>(part.segment.states[s]) + first;
-    measure(rule, T(part.coef), static_cast<T*>(part.segment.param) + first,
-            static_cast<const T*>(part.segment.grad) + first, states, terms, m);
+    measure(rule, coef, static_cast<T*>(part.segment.param) + first, g, states, terms, m);
     for (int k = 0; k < part.job.rule->sums; ++k) sums[k] += core::sum(terms[k], m);
   }
 }
@@ -293,7 +311,9 @@ void measure_tiles(const Part& part, const void* rule, int64_t first, int64_t n,
     const int64_t m = end - first < tile ? end - first : tile;
     // What measure does to the states is done again, from unrounded values, when they are stored.
     decode(at, n_states, first, m, t, part.job.rule->measure_writes);
-    part.job.rule->measure32(rule, static_cast<float>(part.coef), t.p, t.g, t.states, terms, m);
+    float coef = static_cast<float>(part.coef);
+    t.g = clipped(part, t.g, t.g_memory, coef, m);
+    part.job.rule->measure32(rule, coef, t.p, t.g, t.states, terms, m);
     for (int k = 0; k < part.job.rule->sums; ++k) sums[k] += core::sum(terms[k], m);
   }
 }
@@ -311,8 +331,8 @@ void measure_part(const Part& part, const void* rule, int64_t first, int64_t n, 
 // ---- many segments ------------------------------------------------------------------------------------------------
 
 // Calls visit(i, first, n) for every segment's whole blocks that begin in a range of the flattened elements.
-template <class Visit>
-void walk(const Job& job, int64_t begin, int64_t end, Visit visit) {
+template <class AnyJob, class Visit>
+void walk(const AnyJob& job, int64_t begin, int64_t end, Visit visit) {
   // The last segment that starts at or before `begin`.
   int64_t low = 0, high = job.n_segments - 1;
   while (low < high) {
@@ -354,8 +374,9 @@ struct Prepared {
 Part part_of(const Job& job, int64_t i) {
   const Segment& segment = job.segments[i];
   const pytrain::core::GroupRow& row = job.control->rows()[segment.group];
-  return {job, segment, job.extras ? job.extras + i : nullptr, row.grad_sign * job.control->inv_scale,
-          segment.step > 1.0 ? row.ema_weight : 1.0};
+  return {job, segment, job.extras ? job.extras + i : nullptr,
+          row.grad_sign * job.control->inv_scale * row.clip_coef,
+          job.storage.ema_by_count && segment.step <= 1.0 ? 1.0 : row.ema_weight};
 }
 
 void step(const Job& job, int64_t begin, int64_t end) {
@@ -378,53 +399,6 @@ void take_sums(const Job& job, int64_t begin, int64_t end) {
       measure_part(part, rule.memory, first, last - first < block ? last - first : block, partial);
     }
   });
-}
-
-// An inf or nan has an exponent of ones.
-__attribute__((noinline)) bool finite_words(const uint16_t* x, int64_t n, uint16_t exponent) {
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>((x[i] & exponent) == exponent);
-  return bad == 0;
-}
-
-__attribute__((noinline)) bool finite_words(const uint32_t* x, int64_t n, uint32_t exponent) {
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>((x[i] & exponent) == exponent);
-  return bad == 0;
-}
-
-// 64-bit integers do not compare in SSE2: 0 times an inf or nan is nan, and stays nan in a sum.
-__attribute__((noinline)) bool finite_words(const double* x, int64_t n) {
-  double total[core::sum_lanes] = {};
-  int64_t i = 0;
-  for (; i + core::sum_lanes <= n; i += core::sum_lanes) {
-    for (int lane = 0; lane < core::sum_lanes; ++lane) total[lane] += x[i + lane] * 0.0;
-  }
-  for (; i < n; ++i) total[0] += x[i] * 0.0;
-  double sum = 0.0;
-  for (int lane = 0; lane < core::sum_lanes; ++lane) sum += total[lane];
-  return sum == 0.0;
-}
-
-bool all_finite(const Job& job, int64_t begin, int64_t end) {
-  bool good = true;
-  walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
-    const void* const g = job.segments[i].grad;
-    switch (job.storage.param) {
-      case Format::fp64:
-        good &= finite_words(static_cast<const double*>(g) + first, n);
-        break;
-      case Format::bf16:
-        good &= finite_words(static_cast<const uint16_t*>(g) + first, n, uint16_t{0x7f80});
-        break;
-      case Format::fp16:
-        good &= finite_words(static_cast<const uint16_t*>(g) + first, n, uint16_t{0x7c00});
-        break;
-      default:
-        good &= finite_words(static_cast<const uint32_t*>(g) + first, n, uint32_t{0x7f800000});
-    }
-  });
-  return good;
 }
 
 }  // namespace pytrain::PT_ISA::cpu

@@ -38,6 +38,20 @@ struct Job {
   double* partials;  // one a block of a segment and sum
 };
 
+// Averages beside parameters, laid end to end as in a Job; fp32, or fp64 beside an fp64 parameter.
+struct AverageJob {
+  struct Segment {
+    void* average;
+    const void* param;
+    int64_t numel;
+    core::Format format;  // of the parameter
+  };
+  const Segment* segments;
+  const int64_t* offsets;
+  int64_t n_segments;
+  double weight;
+};
+
 // Work is handed out in blocks of a segment, so that partial sums and 8-bit blocks have one owner.
 constexpr int64_t block = 4096;
 static_assert(block % core::code_block == 0);
@@ -74,8 +88,9 @@ struct Kernels {
   RuleFunctions rules[max_rules];
   void (*step)(const Job& job, int64_t begin, int64_t end);
   void (*measure)(const Job& job, int64_t begin, int64_t end);
-  // Whether all gradients are finite.
-  bool (*finite)(const Job& job, int64_t begin, int64_t end);
+  // The sum of the squares of each block's gradients, one partial a block; nan where one of them is inf or nan.
+  void (*stats)(const Job& job, int64_t begin, int64_t end);
+  void (*average)(const AverageJob& job, int64_t begin, int64_t end);
   AdafactorFunctions adafactor32, adafactor64;
 };
 

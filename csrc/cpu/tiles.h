@@ -106,8 +106,27 @@ __attribute__((noinline)) void encode_codes_by_chance(const float* __restrict__ 
   }
 }
 
+// g * coef within [-limit, limit]; nan stays nan.
+template <class T>
+__attribute__((noinline)) void clamp_tile(const T* g, T coef, T limit, T* to, int64_t n) {
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = g[i] * coef;
+    const T low = x < -limit ? -limit : x;
+    to[i] = low > limit ? limit : low;
+  }
+}
+
 template <class T>
 __attribute__((noinline)) void average_tile(T* __restrict__ ema, const T* __restrict__ p, T weight, int64_t n) {
+  if (weight == T(1)) {  // whatever stood there
+    for (int64_t i = 0; i < n; ++i) ema[i] = p[i];
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) ema[i] = rules::lerp(ema[i], p[i], weight);
 }
 

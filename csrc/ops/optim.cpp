@@ -101,7 +101,8 @@ Tables& tables() {
 }
 
 // The storage from the ints that pytrain.optim.plan writes: formats of the parameter and the states as core::Format
-// numbers them, core::Keep, then ema, zero_grad, stochastic and the seed.
+// numbers them, core::Keep, then ema (0 none, 1 by the step count, 2 with a given weight), zero_grad, stochastic
+// and the seed.
 core::Storage storage_from(const std::vector<int64_t>& words) {
   constexpr size_t expected = 1 + core::max_states + 5;
   STD_TORCH_CHECK(words.size() == expected, "_table: storage has ", words.size(), " entries, expected ", expected);
@@ -117,6 +118,7 @@ core::Storage storage_from(const std::vector<int64_t>& words) {
   STD_TORCH_CHECK(words[at] >= 0 && words[at] <= static_cast<int64_t>(core::Keep::compensation), "_table: storage[", at,
                   "] is ", words[at], ", nothing that is kept");
   storage.keep = static_cast<core::Keep>(words[at++]);
+  storage.ema_by_count = words[at] == 1;
   storage.ema = words[at++] != 0;
   storage.zero_grad = words[at++] != 0;
   storage.stochastic = words[at++] != 0;
@@ -162,14 +164,16 @@ std::shared_ptr<Table> find_table(int64_t id) {
 }
 
 Table::Mode mode_from(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Table::Mode::write), "_table_step: mode is ", number,
-                  ", expected 0, 1 or 2");
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Table::Mode::write_fitted), "_table_step: mode is ",
+                  number,
+                  ", expected 0 to 3");
   return static_cast<Table::Mode>(number);
 }
 
 // _table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor control, int mode, bool strict)
 //   -> int
-// mode: 0 looks whether the tensors fit, 1 also whether the gradients are finite, 2 steps.
+// mode: 0 looks whether the tensors fit, 1 takes the gradients' statistics into control, 2 steps, 3 steps what
+// the call before, with mode 1, has looked at.
 void step_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[1]), grads(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
@@ -216,9 +220,9 @@ STABLE_TORCH_LIBRARY(pytrain, m) {
       "Tensor[] steps, int[] groups, int[] indices, int[] storage) -> int");
   m.def("_table_free(int table) -> ()");
   m.def(
-      "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor control, int mode, "
+      "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, int mode, "
       "bool strict) -> int");
-  m.def("_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, int mode) -> int");
+  m.def("_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, int mode) -> int");
   m.def("_isa(str level) -> str");
 }
 

@@ -2,7 +2,6 @@
 #include "ops/table.h"
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -50,6 +49,8 @@ Format kept_as(Format format) { return format == Format::s8 ? Format::u8 : forma
 Format kept_as(core::Keep keep, Format param) {
   return keep == core::Keep::master ? Format::fp32 : keep == core::Keep::low_bits ? Format::i16 : param;
 }
+
+int64_t n_blocks(const Segment& segment) { return (segment.numel + cpu::block - 1) / cpu::block; }
 
 // Writes zeros through any strides; elements that share memory are written more than once.
 void fill_with_zeros(const View& v, int64_t dim, char* at) {
@@ -116,8 +117,9 @@ Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept 
   check("kept", kept_.kept.size(), storage_.keep != core::Keep::nothing);
   check("emas", kept_.emas.size(), storage_.ema);
   check("scalars", kept_.scalars.size(), info_.n_scalars);
-  STD_TORCH_CHECK(kept_.steps.size() == n || !(info_.counts || storage_.ema || storage_.stochastic), info_.name,
-                  "_: expected ", n, " steps, got ", kept_.steps.size());
+  const bool counts = info_.counts || storage_.ema_by_count || storage_.stochastic;
+  STD_TORCH_CHECK(kept_.steps.size() == n || !counts, info_.name, "_: expected ", n, " steps, got ",
+                  kept_.steps.size());
   check("steps", kept_.steps.size(), !kept_.steps.empty());
   check("indices", kept_.indices.size(), !kept_.indices.empty());
   for (size_t row = 0; row < n; ++row) {
@@ -151,7 +153,7 @@ Table::Misfit Table::fit_beside(int64_t k, int64_t row, const View& param) {
 
 Table::Misfit Table::fit_extra(int64_t k, int64_t row, const View& param) {
   core::Extra& extra = extras_[k];
-  extra.index = kept_.indices.empty() ? row : kept_.indices[row];
+  extra.index = numbers_[k];
   if (storage_.keep != core::Keep::nothing) {
     extra.kept = beside(kept_.kept[row].get(), kept_as(storage_.keep, param.format), param);
     if (!extra.kept && param.numel) return Misfit::kept;
@@ -160,12 +162,12 @@ Table::Misfit Table::fit_extra(int64_t k, int64_t row, const View& param) {
     extra.ema = beside(kept_.emas[row].get(), param.format == Format::fp64 ? Format::fp64 : Format::fp32, param);
     if (!extra.ema && param.numel) return Misfit::ema;
   }
-  const int64_t n_blocks = (param.numel + core::code_block - 1) / core::code_block;
+  const int64_t n_codes = (param.numel + core::code_block - 1) / core::code_block;
   size_t scale = row * (kept_.scales.size() / kept_.groups.size());
   for (int s = 0; s < info_.n_states; ++s) {
     if (kept_as(storage_.states[s]) != Format::u8) continue;
-    extra.scales[s] = floats(kept_.scales[scale++].get(), n_blocks);
-    if (!extra.scales[s] && n_blocks) return Misfit::scale;
+    extra.scales[s] = floats(kept_.scales[scale++].get(), n_codes);
+    if (!extra.scales[s] && n_codes) return Misfit::scale;
   }
   for (int i = 0; i < info_.n_scalars; ++i) {
     float* const scalar = floats(kept_.scalars[row * info_.n_scalars + i].get(), 1);
@@ -180,6 +182,7 @@ Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair) {
   const View &p = pair.param, &g = pair.grad;
   Segment& segment = segments_[k];
   staging_[k] = 0;
+  numbers_[k] = kept_.indices.empty() ? row : kept_.indices[row];
   if (!p.usable) return Misfit::param_kind;
   if (p.format != storage_.param) return Misfit::param_format;
   if (!g.usable) return Misfit::grad_kind;
@@ -208,6 +211,7 @@ Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int6
   segments_.resize(n);
   offsets_.resize(n);
   staging_.resize(n);
+  numbers_.resize(n);
   if (!kept_.steps.empty()) counts_.resize(n);
   if (needs_extras_) extras_.resize(n);
   scalars_.resize(n * info_.n_scalars);
@@ -290,27 +294,48 @@ void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t 
   }
   for (int64_t k = 0; k < job.n_segments; ++k) {
     const double* const partials = partials_.data() + partial_offsets_[k];
-    const int64_t n_blocks = (segments_[k].numel + cpu::block - 1) / cpu::block;
     for (int i = 0; i < info_.n_sums; ++i) {
       double sum = 0.0;
-      for (int64_t b = 0; b < n_blocks; ++b) sum += partials[b * info_.n_sums + i];
+      for (int64_t b = 0; b < n_blocks(segments_[k]); ++b) sum += partials[b * info_.n_sums + i];
       extras_[k].sums[i] = sum;
     }
   }
 }
 
+// Adds to what other tables of the same step have found.
+int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control) {
+  torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements,
+                              [&](int64_t begin, int64_t end) { kernels.stats(job, begin, end); });
+  int64_t result = applied;
+  for (int64_t k = 0; k < job.n_segments; ++k) {
+    const double* const partials = partials_.data() + partial_offsets_[k];
+    double sum = 0.0;
+    for (int64_t b = 0; b < n_blocks(segments_[k]); ++b) sum += partials[b];
+    if (sum == sum) {
+      control.rows()[segments_[k].group].sumsq += sum;
+      continue;
+    }
+    result = skipped;
+    const double number = static_cast<double>(numbers_[k]);
+    control.found_inf = 1.0;
+    control.first_bad = control.first_bad < 0.0 || number < control.first_bad ? number : control.first_bad;
+  }
+  return result;
+}
+
 int64_t Table::run(const View& control, Mode mode) {
-  const auto* const block = static_cast<const core::Control*>(control.data);
-  if (block->found_inf != 0.0) return skipped;
+  auto* const block = static_cast<core::Control*>(control.data);
+  if (mode != Mode::stats && block->found_inf != 0.0) return skipped;
   const int64_t n = static_cast<int64_t>(segments_.size());
+  const int64_t sums = mode == Mode::stats ? 1 : info_.n_sums;
   int64_t total = 0, n_partials = 0;
-  partial_offsets_.resize(info_.n_sums ? n : 0);
+  partial_offsets_.resize(sums ? n : 0);
   for (int64_t k = 0; k < n; ++k) {
     offsets_[k] = total;
     total += segments_[k].numel;
-    if (!info_.n_sums) continue;
+    if (!sums) continue;
     partial_offsets_[k] = n_partials;
-    n_partials += (segments_[k].numel + cpu::block - 1) / cpu::block * info_.n_sums;
+    n_partials += n_blocks(segments_[k]) * sums;
   }
   partials_.resize(n_partials);
   const cpu::Kernels& kernels = cpu::current_kernels();
@@ -325,13 +350,7 @@ int64_t Table::run(const View& control, Mode mode) {
                      partial_offsets_.data(),
                      partials_.data()};
   const int64_t grain = total > grain_elements ? 1 : grain_elements;
-  if (mode == Mode::finite) {
-    std::atomic<bool> good{true};
-    torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-      if (!kernels.finite(job, begin, end)) good = false;
-    });
-    return good ? applied : skipped;
-  }
+  if (mode == Mode::stats) return take_stats(kernels, job, total, *block);
   if (info_.n_sums) take_sums(kernels, job, total);
   if (shared_) {  // parameters in the same memory are stepped one after the other
     kernels.step(job, 0, total);
@@ -354,11 +373,16 @@ int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& ro
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
   check_call(n, rows, control);
-  const Found found = fit_all(pairs, n, rows);
-  if (found.misfit != Misfit::none) return found.k;
-  for (int64_t k = 0; k < n; ++k) {
-    if (staging_[k]) return k;
+  const bool fitted = mode == Mode::write_fitted && fitted_ == pairs && static_cast<int64_t>(segments_.size()) == n;
+  fitted_ = nullptr;
+  if (!fitted) {
+    const Found found = fit_all(pairs, n, rows);
+    if (found.misfit != Misfit::none) return found.k;
+    for (int64_t k = 0; k < n; ++k) {
+      if (staging_[k]) return k;
+    }
   }
+  if (mode == Mode::stats) fitted_ = pairs;
   return mode == Mode::fit ? applied : run(control, mode);
 }
 
@@ -366,6 +390,7 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
                     const View& control, Mode mode, bool strict) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
+  fitted_ = nullptr;
   const int64_t n = params.size();
   STD_TORCH_CHECK(grads.size() == n, info_.name, "_: grads has ", grads.size(), " tensors, params has ", n);
   check_call(n, rows, control);
@@ -396,7 +421,7 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
     return found.k;
   }
   const int64_t result = mode == Mode::fit ? applied : run(control, mode);
-  if (mode != Mode::write || result != applied) return result;
+  if (mode < Mode::write || result != applied) return result;
   for (auto& [param, copy] : write_back) torch::stable::copy_(param, copy);
   for (int64_t k = 0; storage_.zero_grad && k < n; ++k) {
     if (staging_[k]) fill_with_zeros(pairs[k].grad, 0, static_cast<char*>(pairs[k].grad.data));

@@ -41,7 +41,9 @@ class Table {
  public:
   static constexpr int64_t applied = -1;
   static constexpr int64_t skipped = -2;
-  enum class Mode : int { fit, finite, write };  // check the tensors; and that gradients are finite; and step
+  // Check the tensors; also take the gradients' statistics, into the control block; or step; or step what the last
+  // call, one for statistics, has checked.
+  enum class Mode : int { fit, stats, write, write_fitted };
 
   Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept kept);
 
@@ -69,6 +71,7 @@ class Table {
   bool find_shared_memory();
   int64_t run(const View& control, Mode mode);
   void take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total);
+  int64_t take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control);
 
   const int rule_;
   const RuleInfo info_;
@@ -84,9 +87,11 @@ class Table {
   std::vector<float*> counts_;
   std::vector<float*> scalars_;
   std::vector<uint8_t> staging_;
+  std::vector<int64_t> numbers_;  // which parameter each segment is
   // Where the parameters lay when they were last compared with each other, and whether some share memory.
   std::vector<std::pair<const char*, const char*>> extents_;
   bool shared_ = false;
+  const Pair* fitted_ = nullptr;  // what the last call has checked, if it was one for statistics
 };
 
 }  // namespace pytrain::ops

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from pytrain import backend
 from pytrain.optim.base import FusedOptimizer, Options, check_range, decayed, scalar
-from pytrain.optim.plan import APPLIED, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW
+from pytrain.optim.plan import APPLIED, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW, INV_SCALE
 from pytrain.optim.slow import check_disjoint
 from pytrain.optim.states import UnfitError, lay_out_number
 from pytrain.optim.storage import LOW_PRECISION
@@ -97,6 +97,7 @@ class Adafactor(FusedOptimizer):
     """
 
     steps_in_state = True
+    takes_control = False
     implementation_keys = ("foreach", "fused")
 
     def __init__(
@@ -225,7 +226,7 @@ class Adafactor(FusedOptimizer):
     def _step_native(self, work: list[tuple[Tensor, int]], inv_scale: float) -> None:
         """Step contiguous fp32 and fp64 parameters, each given with the number of its group."""
         control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(self.param_groups), dtype=torch.float64, device="cpu")
-        control[0] = inv_scale
+        control[INV_SCALE] = inv_scale
         rows = control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
         for row, group in zip(rows, self.param_groups, strict=True):
             eps1, eps2 = group["eps"]

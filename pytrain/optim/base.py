@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pytrain import backend
-from pytrain.optim.plan import SKIPPED, Settled, settle
+from pytrain.optim.plan import SKIPPED, WRITE, WRITE_FITTED, Settled, settle
 from pytrain.optim.release import Release
 from pytrain.optim.slow import zero
 from pytrain.optim.states import plain
@@ -70,6 +70,7 @@ class FusedOptimizer(Optimizer):
     rules: ClassVar[tuple[Rule, ...]] = ()
     steps_in_state: ClassVar[bool] = False  # does state hold a "step" tensor a parameter, as torch's class does?
     takes_sparse: ClassVar[bool] = False  # does torch's class take sparse gradients?
+    takes_control: ClassVar[bool] = True  # does its own loop unscale, clip and average, as `pytrain.step` asks it to?
     implementation_keys: ClassVar[tuple[str, ...]] = ()  # group keys that choose how, not what, to compute
 
     def __init_subclass__(cls) -> None:
@@ -83,6 +84,8 @@ class FusedOptimizer(Optimizer):
         self._warned: set[str] = set()
         self._skipped = False
         self._swapped = False
+        self._measured: Settled | None = None
+        self.averages: dict[int, Tensor] = {}
         self.storage = Storage.of(options)
         self.counts_steps = self.steps_in_state or self.storage.needs_steps
         self._step_supports_amp_scaling = options.get("amp_scaling", True)
@@ -198,12 +201,20 @@ class FusedOptimizer(Optimizer):
         """Run the plans; make them anew where what they were made of has changed."""
         if self._swapped:
             raise RuntimeError("step: the parameters hold their averages; leave the swap_ema() context first")
+        if self._measured is not None:
+            self._write(WRITE)
+            return
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         self._skipped = found_inf is not None and bool(found_inf != 0)
         if not self._skipped:
             scale = 1.0 if grad_scale is None else float(grad_scale)
             self._skipped = self._run(1.0 / scale if scale else math.inf) == SKIPPED
-        if self._skipped and self.storage.zero_grad:  # a kept inf would poison every later step
+        if self._skipped:
+            self._zero_kept()
+
+    def _zero_kept(self) -> None:
+        """After a skipped step: a kept inf would poison every later one."""
+        if self.storage.zero_grad:
             for group in self.param_groups:
                 for param in group["params"]:
                     if param.grad is not None:
@@ -222,6 +233,84 @@ class FusedOptimizer(Optimizer):
                 raise
             self._settled = settled
         return code
+
+    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+        """Pass 1 of `pytrain.step`: fill in and return the control block; the next `step()` is pass 2 by it.
+
+        Raises:
+            UnfitError: a gradient or a state does not fit its parameter.
+        """
+        if self._swapped:
+            raise RuntimeError("step: the parameters hold their averages; leave the swap() context first")
+        if averages and averages is not self.averages:
+            self.averages, self._settled = averages, None
+        settled, code = self._settled, 0
+        if settled is not None and settled.is_current(self):
+            settled.begin(grad_coef, clip_value, ema_weight)
+            code = settled.stats(False) if settled.gather(self) else 0
+        if settled is None or code >= 0:
+            self._settled = None
+            settled = settle(self)
+            try:
+                settled.begin(grad_coef, clip_value, ema_weight)
+                settled.gather(self)
+                settled.stats(True)
+            except BaseException:
+                settled.forget(self)
+                raise
+            self._settled = settled
+        self._measured = settled
+        return settled.control
+
+    def finish(self, *, alone: bool) -> None:
+        """Pass 2 of `pytrain.step`: as `step()` after a `measure`.
+
+        Args:
+            alone: nothing has run since `measure` that could have moved a tensor.
+        """
+        patched = self.__dict__.get("step")
+        if patched is not None and hasattr(patched, "_wrapped_by_lr_sched"):
+            self._opt_called, patched = True, None  # all that a scheduler's wrapper does
+        if patched is not None or self._hooked():
+            self.step()
+        else:
+            self._write(WRITE_FITTED if alone else WRITE)
+
+    def _hooked(self) -> bool:
+        mine = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(mine or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+    def _write(self, mode: int) -> None:
+        settled, self._measured = self._measured, None
+        assert settled is not None
+        if mode == WRITE and self._hooked():  # hooks may have changed the gradients
+            settled.gather(self)
+            settled.stats(True)
+        code = settled.write(self, True, mode)
+        self._skipped = False
+        if code == SKIPPED:
+            self._forget_first(settled)
+            self.skip()
+
+    def skip(self) -> None:
+        """A step of `pytrain.step` was left out."""
+        self._skipped = True
+        self._zero_kept()
+
+    def done(self) -> frozenset[int]:
+        """The ids of the parameters whose averages, lent by `measure`, the last step has moved."""
+        return frozenset() if self._settled is None or self._skipped else self._settled.averaged
+
+    def abandon(self) -> None:
+        """Take back a `measure` whose pass 2 will not come."""
+        if self._measured is not None:
+            self._forget_first(self._measured)
+            self._measured = None
+
+    def _forget_first(self, settled: Settled) -> None:
+        if settled.fresh:
+            settled.forget(self)
+            self._settled = None
 
     def warn_once(self, text: str) -> None:
         """Say why parameters take the torch path; each reason once an optimizer."""
@@ -271,6 +360,7 @@ class FusedOptimizer(Optimizer):
             restore_dtypes(state, loading)
         super().__setstate__(state)
         self._settled, self._loading, self._warned, self._skipped, self._swapped = None, None, set(), False, False
+        self._measured, self.averages = None, {}
         if not hasattr(self, "storage"):  # an optimizer pickled by an older version
             self.storage, self.counts_steps = Storage(), self.steps_in_state
         if getattr(self, "_release", None) is None:

@@ -120,6 +120,7 @@ class Muon(FusedOptimizer):
     """
 
     implementation_keys = ("fused",)
+    takes_control = False
 
     def __init__(
         self,

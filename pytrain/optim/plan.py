@@ -6,6 +6,7 @@ the remembered ones, and every tensor's address, sizes and strides are read anew
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,9 +32,13 @@ from pytrain.optim.storage import CODES, FORMAT_OF, FORMATS, KEEPS, SCALE
 if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer, Rule
 
-CONTROL_HEAD, CONTROL_ROW, CONTROL_HYPERS = 2, 16, 2  # csrc/core/control.h
+# The control block, as in csrc/core/control.h: its head, and then a row a param group.
+INV_SCALE, FOUND_INF, CLIP_VALUE, GRAD_NORM, FIRST_BAD, CONTROL_HEAD = range(6)
+GRAD_SIGN, EMA_WEIGHT, CLIP_COEF, SUMSQ, CONTROL_HYPERS = range(5)
+CONTROL_ROW = 18
+EMAS = ("", "own", "lent")  # numbered as _table in csrc/ops/optim.cpp does
 MAX_STATES = 4  # csrc/core/segment.h
-FIT, FINITE, WRITE = 0, 1, 2  # what a call of the kernels is to do: Table::Mode in csrc/ops/table.h
+FIT, STATS, WRITE, WRITE_FITTED = 0, 1, 2, 3  # what a call of the kernels is to do: Table::Mode in csrc/ops/table.h
 APPLIED, SKIPPED = -1, -2  # what it says; a number from 0 on is the first parameter that does not fit
 
 
@@ -51,6 +56,7 @@ class Plan:
     pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
     address: int = 0  # of that memory
     table: int = 0
+    averaged: frozenset[int] = frozenset()  # ids of the parameters whose averages were lent
 
     def finish(self, optimizer: FusedOptimizer) -> None:
         """Hand the states over to the kernel library."""
@@ -60,7 +66,10 @@ class Plan:
         states = [state[name] for state in held for name in rule.states]
         scales = [state[name + SCALE] for state in held for name, kind in kinds if kind in CODES]
         kept = [state[formats.keep] for state in held] if formats.keep else []
-        emas = [state["ema"] for state in held] if formats.ema else []
+        emas = [state["ema"] for state in held] if formats.ema == "own" else []
+        if formats.ema == "lent":
+            emas = [optimizer.averages[id(entry.param)] for entry in self.entries]
+            self.averaged = frozenset(id(entry.param) for entry in self.entries)
         scalars = [state[name] for state in held for name in rule.scalars]
         if optimizer.counts_steps:
             self.steps = [state["step"] for state in held]
@@ -70,7 +79,13 @@ class Plan:
         self.touched = self.params + self.bases
         words = [FORMATS.index(FORMAT_OF[self.params[0].dtype])]
         words += [FORMATS.index(kind) for kind in formats.states] + [words[0]] * (MAX_STATES - len(formats.states))
-        words += [KEEPS.index(formats.keep), formats.ema, storage.zero_grad, storage.stochastic, storage.seed]
+        words += [
+            KEEPS.index(formats.keep),
+            EMAS.index(formats.ema),
+            storage.zero_grad,
+            storage.stochastic,
+            storage.seed,
+        ]
         groups = [entry.group for entry in self.entries]
         numbers = [entry.number for entry in self.entries]
         self.table = torch.ops.pytrain._table(
@@ -116,7 +131,9 @@ class Settled:
         self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
         self.block = self.control.numpy()
         self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
-        self.rows[:, 1] = 1.0 - (optimizer.storage.ema_decay or 0.0)
+        self.own_weight = 0.0 if optimizer.storage.ema_decay is None else 1.0 - optimizer.storage.ema_decay
+        self.work: list[Work] = []
+        self.averaged: frozenset[int] = frozenset()
         self.read_hypers(optimizer)
         self.watch = backend.facts.Watch(groups, optimizer.state) if backend.facts else None
 
@@ -140,20 +157,20 @@ class Settled:
             hyper = (-1.0 if group["maximize"] else 1.0, *map(float, optimizer.hyper(group)))
             if hyper != self.hypers[i]:
                 self.hypers[i] = hyper
-                self.rows[i, 0] = hyper[0]
+                self.rows[i, GRAD_SIGN] = hyper[0]
                 self.rows[i, CONTROL_HYPERS : CONTROL_HYPERS + len(hyper) - 1] = hyper[1:]
         return True
 
-    def run(self, optimizer: FusedOptimizer, inv_scale: float, *, last_try: bool = False) -> int:
-        """Step everything: APPLIED; SKIPPED where an inf or nan would enter 8-bit state; or, where a tensor does not
-        fit what was settled, a number from 0 on. In the last two cases nothing was written.
+    def begin(self, grad_coef: float, clip_value: float = 0.0, ema_weight: float = 0.0) -> None:
+        """Set the control block for a step whose gradients were not looked at yet."""
+        self.block[:CONTROL_HEAD] = (grad_coef, 0.0, clip_value, 0.0, -1.0)
+        self.rows[:, EMA_WEIGHT : SUMSQ + 1] = (self.own_weight or ema_weight, 1.0, 0.0)
 
-        Raises:
-            UnfitError: a tensor does not fit on the last try; with the parameter's place and the reason.
-        """
+    def gather(self, optimizer: FusedOptimizer) -> bool:
+        """Find the gradients of this step; False where a parameter has one for the first time."""
         facts = backend.facts
         if facts is not None and self.waiting and facts.collect(self.waiting, "grad")[0]:
-            return 0
+            return False
         work: list[Work] = []
         for plan in self.plans:
             assert facts is not None
@@ -162,22 +179,80 @@ class Settled:
             else:
                 grads, rows = backend.reader.gather(plan.params, plan.address)
             if grads:
-                work.append((plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows))
+                work += [(plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows)]
         for other in self.slow:
             slow.check(optimizer, other.entry)
-        self.block[0] = inv_scale
-        if self.coded or len(work) + bool(self.slow) > 1:
-            found = [self.call(one, last_try, FINITE if self.coded else FIT) for one in work]
-            if any(code >= 0 for code in found):
-                return 0
-            if self.coded and (SKIPPED in found or not all(slow.is_finite(other.entry) for other in self.slow)):
-                return SKIPPED
-        for one in work:
-            if self.call(one, last_try, WRITE) >= 0:
-                return 0
+        self.work = work
+        return True
+
+    def run(self, optimizer: FusedOptimizer, grad_coef: float, *, last_try: bool = False) -> int:
+        """Step everything: APPLIED; SKIPPED where an inf or nan would enter 8-bit state; or, where a tensor does not
+        fit what was settled, a number from 0 on. In the last two cases nothing was written.
+
+        Raises:
+            UnfitError: a tensor does not fit on the last try; with the parameter's place and the reason.
+        """
+        self.begin(grad_coef)
+        if not self.gather(optimizer):
+            return 0
+        if self.coded:
+            code = self.stats(last_try)
+            if code != APPLIED:
+                return code
+        elif len(self.work) + bool(self.slow) > 1 and any(self.call(one, last_try, FIT) >= 0 for one in self.work):
+            return 0
+        return self.write(optimizer, last_try)
+
+    def stats(self, last_try: bool) -> int:
+        """Pass 1, over gathered gradients: into the control block; APPLIED, SKIPPED or a number as `run` gives it."""
+        misfit = False
+        for one in self.work:
+            misfit |= self.call(one, last_try, STATS) >= 0
+        if misfit:
+            return 0
         for other in self.slow:
-            slow.step(optimizer, other.entry, self.hypers[other.entry.group], inv_scale)
+            entry = other.entry
+            sum_squares = slow.sum_squares(entry.param.grad)
+            if math.isnan(sum_squares):
+                first = self.block[FIRST_BAD]
+                self.block[FOUND_INF] = 1.0
+                self.block[FIRST_BAD] = entry.number if first < 0 else min(first, entry.number)
+            else:
+                self.rows[entry.group, SUMSQ] += sum_squares
+        return SKIPPED if self.block[FOUND_INF] else APPLIED
+
+    def write(self, optimizer: FusedOptimizer, last_try: bool, mode: int = WRITE) -> int:
+        """Pass 2, over gathered gradients, as the control block says; lets go of them."""
+        if self.block[FOUND_INF]:
+            self.work = []
+            return SKIPPED
+        for one in self.work:
+            if self.call(one, last_try, mode) >= 0:
+                return 0
+        head = self.block
+        for other in self.slow:
+            entry, row = other.entry, self.rows[other.entry.group]
+            coef = float(head[INV_SCALE] * row[CLIP_COEF])
+            slow.step(optimizer, entry, self.hypers[entry.group], slow.Asked(coef, head[CLIP_VALUE], row[EMA_WEIGHT]))
+        if optimizer.averages:
+            self.note_averaged()
+        if self.fresh:
+            self.fresh.clear()
+        self.work = []
         return APPLIED
+
+    def note_averaged(self) -> None:
+        """Remember whose lent averages this step has moved: in the same object while it is the same parameters."""
+        ids: frozenset[int] = frozenset()
+        for plan, params, _, rows in self.work:
+            if plan.averaged:
+                moved = plan.averaged if not rows else frozenset(map(id, params))
+                ids = ids | moved if ids else moved
+        if self.slow:
+            entries = [other.entry for other in self.slow if other.entry.formats.ema == "lent"]
+            ids |= {id(entry.param) for entry in entries if entry.param.grad is not None}
+        if ids is not self.averaged and ids != self.averaged:
+            self.averaged = ids
 
     def call(self, work: Work, last_try: bool, mode: int) -> int:
         """Call the kernels over one plan."""
@@ -190,7 +265,7 @@ class Settled:
                 plan.pairs = None
         if plan.pairs is None:
             code = self.call_with_lists(work, last_try, mode)
-        if code == APPLIED and mode == WRITE:
+        if code == APPLIED and mode >= WRITE:
             torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)
         return code
 
@@ -199,6 +274,7 @@ class Settled:
         """The same by lists of tensors: slower, but it copies what lies unlike its parameter, and explains a misfit."""
         plan, params, grads, rows = work
         op = torch.ops.pytrain._table_step.default
+        mode = min(mode, WRITE)
         code: int = op(plan.table, params, grads, rows, self.control, mode, False)
         if code >= 0 and last_try:
             where = plan.entries[rows[code] if rows else code].where

@@ -6,6 +6,7 @@ gradients of a model never stand in memory together. What needs them together ca
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pytrain.optim import slow
-from pytrain.optim.plan import APPLIED, FINITE, SKIPPED, WRITE, Plan, Settled, settle
+from pytrain.optim.plan import APPLIED, SKIPPED, STATS, WRITE, Plan, Settled, settle
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -82,7 +83,7 @@ class Release:
             self.rows = {id(p): (plan, k) for plan in self.settled.plans for k, p in enumerate(plan.params)}
             for plan in self.settled.plans:
                 plan.pairs = None
-        self.settled.block[0] = 1.0
+        self.settled.begin(1.0)
 
     def step_one(self, optimizer: FusedOptimizer, param: Tensor) -> int:
         settled, grad = self.settled, param.grad
@@ -90,12 +91,13 @@ class Release:
         if id(param) in self.rows:
             plan, k = self.rows[id(param)]
             work = plan, [param], [grad], [k]
-            if settled.coded and settled.call(work, True, FINITE) == SKIPPED:
+            if settled.coded and settled.call(work, True, STATS) == SKIPPED:
+                settled.begin(1.0)
                 return SKIPPED
             return settled.call(work, True, WRITE)
         entry = next(other.entry for other in settled.slow if other.entry.param is param)
         slow.check(optimizer, entry)
-        if entry.formats.coded and not slow.is_finite(entry):
+        if entry.formats.coded and not math.isfinite(slow.sum_squares(grad)):
             return SKIPPED
-        slow.step(optimizer, entry, settled.hypers[entry.group], 1.0)
+        slow.step(optimizer, entry, settled.hypers[entry.group], slow.Asked())
         return APPLIED

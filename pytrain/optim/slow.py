@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,15 @@ from pytrain.optim.storage import LOW_PRECISION, decode_param, decode_state, enc
 
 if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step is asked to do with a parameter's gradient and average."""
+
+    grad_coef: float = 1.0  # what the gradient is multiplied by
+    clip_value: float = 0.0  # what it is then clamped to; 0 leaves it
+    ema_weight: float = 0.0  # how far an average that was lent moves to the new parameter
 
 
 def check(optimizer: FusedOptimizer, entry: Entry) -> None:
@@ -43,21 +54,24 @@ def check_disjoint(param: Tensor, where: str) -> None:
         reach += stride * (size - 1)
 
 
-def is_finite(entry: Entry) -> bool:
-    """Whether the gradient has neither inf nor nan; none has none."""
-    grad = entry.param.grad
+@torch.no_grad()
+def sum_squares(grad: Tensor | None) -> float:
+    """The sum of the squares of a gradient, in fp64; nan where one is inf or nan, 0 without a gradient."""
     if grad is None:
-        return True
+        return 0.0
     values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
-    return bool(values.isfinite().all())
+    if not values.isfinite().all():
+        return math.nan
+    return float(values.to(torch.complex128 if values.is_complex() else torch.float64).abs().square().sum())
 
 
 @torch.no_grad()
-def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], inv_scale: float) -> None:
+def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], asked: Asked) -> None:
     """Step one parameter: what is kept in fewer bits in fp32, complex numbers as pairs of reals.
 
     Args:
         row: the gradient's sign, then the rule's hyperparameters.
+        asked: what multiplies and clamps the gradient, and the weight of a lent average.
     """
     param, rule, formats, grad = entry.param, entry.rule, entry.formats, entry.param.grad
     if grad is None:
@@ -76,8 +90,8 @@ def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], inv_sc
         if param.layout == torch.strided and not param.is_complex():
             lay_out(optimizer, entry, set())
     if grad.layout != torch.strided:
-        if not keys and not hypers["weight_decay"]:
-            param.add_(grad, alpha=-sign * inv_scale * hypers["lr"])
+        if not keys and not hypers["weight_decay"] and not asked.clip_value and formats.ema != "lent":
+            param.add_(grad, alpha=-sign * asked.grad_coef * hypers["lr"])
             return
         grad = grad.to_dense()
     t = 1.0 if first else 2.0
@@ -92,7 +106,10 @@ def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], inv_sc
     p = decode_param(param, state.get(formats.keep), formats.keep) if low else real(param.detach())
     g = grad.float() if low else real(grad).to(p.dtype)
     states = [real(decode_state(state, n, kind)) for n, kind in zip(rule.states, formats.states, strict=True)]
-    u = rule.reference(p, g * (sign * inv_scale), *states, *(state[n] for n in rule.scalars), t=t, **hypers)
+    g = g * (sign * asked.grad_coef)
+    if asked.clip_value:
+        g = g.clamp(-asked.clip_value, asked.clip_value)
+    u = rule.reference(p, g, *states, *(state[n] for n in rule.scalars), t=t, **hypers)
     new = p - u
 
     def random(stream: int) -> Tensor | None:
@@ -108,10 +125,14 @@ def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], inv_sc
         new = encode_param(param, state.get(formats.keep), formats.keep, new, None if formats.keep else random(0))
     else:
         p.copy_(new)
-    if formats.ema:
+    if formats.ema == "own":
         average, decay = state["ema"], optimizer.storage.ema_decay
         assert decay is not None
         average.copy_(lerp(average, new.to(average.dtype), 1.0 if t == 1.0 else 1 - decay))
+    elif formats.ema and asked.ema_weight:
+        average = real(optimizer.averages[id(param)])
+        weight = torch.tensor(asked.ema_weight, dtype=average.dtype, device="cpu").item()
+        average.copy_(lerp(average, new.to(average.dtype), weight))
     if optimizer.storage.zero_grad and param.grad is not None:
         zero(param.grad)
 

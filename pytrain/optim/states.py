@@ -41,7 +41,7 @@ class Formats:
 
     states: tuple[str, ...]
     keep: str
-    ema: bool
+    ema: str  # whose an average beside it is: "" none's, "own" the optimizer's state's, "lent" that of a pytrain.ema
 
     @property
     def coded(self) -> bool:
@@ -67,7 +67,15 @@ def formats_of(optimizer: FusedOptimizer, rule: Rule, param: Tensor) -> Formats:
     storage, state = optimizer.storage, optimizer.state.get(param, {})
     drop_in = hasattr(torch.optim, type(optimizer).__name__)
     kinds = tuple(storage.format(rule, name, param, state.get(name), drop_in=drop_in) for name in rule.states)
-    return Formats(kinds, storage.kept(param), storage.ema_decay is not None)
+    lent = optimizer.averages.get(id(param))
+    ema = "own" if storage.ema_decay is not None else "lent" if lent is not None and fits(lent, param) else ""
+    return Formats(kinds, storage.kept(param), ema)
+
+
+def fits(average: Tensor, param: Tensor) -> bool:
+    """Whether the loop over a parameter can walk this average beside it."""
+    wide = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+    return average.dtype == wide and average.stride() == torch.empty_like(param, device="meta").stride()
 
 
 def needed(optimizer: FusedOptimizer, rule: Rule, formats: Formats) -> list[str]:
@@ -75,7 +83,7 @@ def needed(optimizer: FusedOptimizer, rule: Rule, formats: Formats) -> list[str]
     keys = [*rule.states, *rule.scalars]
     keys += [name + SCALE for name, kind in zip(rule.states, formats.states, strict=True) if kind in CODES]
     keys += [formats.keep] if formats.keep else []
-    keys += ["ema"] if formats.ema else []
+    keys += ["ema"] if formats.ema == "own" else []
     return [*keys, "step"] if optimizer.counts_steps else keys
 
 
@@ -208,7 +216,7 @@ def lay_out(optimizer: FusedOptimizer, entry: Entry, seen: set[int]) -> None:
     state = optimizer.state.get(param, {})
     layout = param if param.is_contiguous() else torch.empty_like(param, device="meta")
     kinds = dict(zip(rule.states, formats.states, strict=True))
-    for name in (*rule.states, *([formats.keep] if formats.keep else []), *(["ema"] if formats.ema else [])):
+    for name in (*rule.states, *([formats.keep] if formats.keep else []), *(["ema"] if formats.ema == "own" else [])):
         value = state[name]
         if value.stride() != layout.stride() or id(value) in seen:
             kind = kinds.get(name, "")

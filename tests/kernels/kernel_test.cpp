@@ -29,6 +29,7 @@ struct Kind {
   bool coded = false;
   Keep keep = Keep::nothing;
   bool ema = false, zero_grad = false, stochastic = false;
+  double clip_value = 0.0;
 };
 
 constexpr Format fp32 = Format::fp32, fp64 = Format::fp64, bf16 = Format::bf16, fp16 = Format::fp16;
@@ -53,6 +54,10 @@ constexpr Kind kinds[] = {
     {"fp32 with codes", fp32, fp32, true},
     {"fp32 with codes by chance, averaged", fp32, fp32, true, Keep::nothing, true, false, true},
     {"bf16 with a master and codes, gradients zeroed", bf16, fp32, true, Keep::master, false, true},
+    {"fp32, clamped", fp32, fp32, false, Keep::nothing, false, false, false, 0.2},
+    {"fp64, clamped, averaged", fp64, fp64, false, Keep::nothing, true, false, false, 0.2},
+    {"fp32 with bf16 states, clamped", fp32, bf16, false, Keep::nothing, false, false, false, 0.2},
+    {"fp16 with a master, clamped, averaged", fp16, fp32, false, Keep::master, true, false, false, 0.2},
 };
 
 Storage storage_of(const Kind& kind, const RuleUnderTest& rule) {
@@ -64,6 +69,7 @@ Storage storage_of(const Kind& kind, const RuleUnderTest& rule) {
   }
   storage.keep = kind.keep;
   storage.ema = kind.ema;
+  storage.ema_by_count = kind.clip_value == 0.0;
   storage.zero_grad = kind.zero_grad;
   storage.stochastic = kind.stochastic;
   storage.seed = 0x123456789abcdefull;
@@ -118,7 +124,8 @@ struct Tester {
   bool few;
 
   void check_problem(const Kind& kind, const std::vector<int64_t>& counts, int offset,
-                     const std::vector<std::vector<int64_t>>& splits) const {
+                     const std::vector<std::vector<int64_t>>& splits) {
+    rule.control.head.clip_value = kind.clip_value;
     const Storage storage = storage_of(kind, rule);
     Problem expected(rule, storage, counts, offset);
     reference_step(rule, apply32, apply64, expected);
@@ -135,7 +142,7 @@ struct Tester {
     }
   }
 
-  void check_all() const {
+  void check_all() {
     const int before = checks.failed;
     for (const Kind& kind : plain) {
       for (int64_t n = 0; n <= 70; n += few ? 14 : 1) {
@@ -161,25 +168,76 @@ void check_rules(rules::List<Rules...>, const std::vector<Isa>& levels, bool few
    ...);
 }
 
-// An inf or a nan of either sign is found wherever it stands, and only in the piece that it belongs to.
-void check_finite(const std::vector<Isa>& levels) {
+// The partials of all blocks, taken in pieces.
+std::vector<double> take_stats(const Problem& problem, const std::vector<int64_t>& cuts) {
+  std::vector<int64_t> starts;
+  int64_t blocks = 0;
+  for (const Segment& segment : problem.segments) {
+    starts.push_back(blocks);
+    blocks += (segment.numel + block - 1) / block;
+  }
+  std::vector<double> partials(blocks + 1, -1.0);
+  const Job job{nullptr, problem.storage, problem.segments.data(), nullptr, problem.offsets.data(),
+                static_cast<int64_t>(problem.segments.size()), nullptr, starts.data(), partials.data()};
+  int64_t begin = 0;
+  for (const int64_t cut : cuts) {
+    current_kernels().stats(job, begin, cut);
+    begin = cut;
+  }
+  current_kernels().stats(job, begin, problem.total);
+  return partials;
+}
+
+// Sums of squares are right, the same for every level and any pieces, and stay within their memory.
+void check_sums(const std::vector<Isa>& levels) {
   const RuleUnderTest rule = rule_under_test<rules::SGD>(0);
   for (const Kind& kind : plain) {
+    for (const int64_t n : {0, 1, 15, 16, 17, 511, 512, 513, 4095, 4096, 4097, 9000}) {
+      const Problem problem(rule, storage_of(kind, rule), {70, n, 5000}, 1);
+      std::vector<long double> exact;
+      for (const Segment& segment : problem.segments) {
+        for (int64_t i = 0; i < segment.numel; ++i) {
+          if (i % block == 0) exact.push_back(0.0L);
+          const long double g = get(kind.param, segment.grad, i);
+          exact.back() += g * g;
+        }
+      }
+      std::vector<double> first;
+      for (const Isa level : levels) {
+        set_isa(level);
+        const std::vector<double> whole = take_stats(problem, {});
+        const std::vector<double> pieces = take_stats(problem, {1, 70, 71, 4167, 5000});
+        if (first.empty()) first = whole;
+        const std::string what = std::string("sums of squares in ") + kind.name + ", " + isa_name(level);
+        checks.check(whole == pieces && whole == first && whole.back() == -1.0, what.c_str(), static_cast<double>(n));
+        for (size_t b = 0; b < exact.size(); ++b) {
+          const long double apart = static_cast<long double>(whole[b]) - exact[b];
+          checks.check(std::fabs(static_cast<double>(apart)) <= 1e-14 * whole[b], what.c_str(), static_cast<double>(n));
+        }
+      }
+    }
+  }
+}
+
+// An inf or a nan of either sign shows wherever it stands, and only in the block that it belongs to. The largest finite
+// number does not, though its square may be inf.
+void check_bad(const std::vector<Isa>& levels) {
+  const RuleUnderTest rule = rule_under_test<rules::SGD>(0);
+  for (const Kind& kind : plain) {
+    const double largest = kind.param == fp64 ? 0x1.fffffffffffffp1023 : kind.param == fp32 ? 0x1.fffffep127
+                           : kind.param == bf16 ? 0x1.fep127 : 65504.0;
     for (const Isa level : levels) {
       set_isa(level);
       for (const int64_t bad : {0, 1, 15, 16, 33, 50, 69, 70, 4100, 5060, 5069}) {
         Problem problem(rule, storage_of(kind, rule), {70, 0, 5000}, 1);
-        const Job job{nullptr, problem.storage, problem.segments.data(), nullptr, problem.offsets.data(), 3,
-                      nullptr, nullptr,         nullptr};
-        const std::string what = std::string("finite in ") + kind.name;
-        for (const double value : {0.0, 65504.0, -1.0, HUGE_VAL, -HUGE_VAL, std::nan("")}) {
-          Segment& segment = problem.segments[bad < 70 ? 0 : 2];
-          put(kind.param, segment.grad, bad < 70 ? bad : bad - 70, value);
-          const double at = static_cast<double>(bad);
-          const bool good = std::isfinite(value), late = bad >= 70 + 4096, early = bad < 70;
-          checks.check(current_kernels().finite(job, 0, problem.total) == good, what.c_str(), at);
-          checks.check(current_kernels().finite(job, 0, 70) == (good || !early), what.c_str(), at);
-          checks.check(current_kernels().finite(job, 71, problem.total) == (good || !late), what.c_str(), at);
+        const size_t of = bad < 70 ? 0 : bad < 70 + block ? 1 : 2;
+        for (const double value : {0.0, largest, -largest, HUGE_VAL, -HUGE_VAL, std::nan("")}) {
+          put(kind.param, problem.segments[bad < 70 ? 0 : 2].grad, bad < 70 ? bad : bad - 70, value);
+          const std::vector<double> partials = take_stats(problem, {});
+          for (size_t b = 0; b < 3; ++b) {
+            const bool shows = std::isnan(partials[b]);
+            checks.check(shows == (b == of && !std::isfinite(value)), "bad gradients", static_cast<double>(bad));
+          }
         }
       }
     }
@@ -207,7 +265,8 @@ int main(int argc, char** argv) {
     if (isa_supported(static_cast<Isa>(level))) levels.push_back(static_cast<Isa>(level));
   }
   for (const Isa level : levels) std::printf("level %s\n", isa_name(level));
-  check_finite(levels);
+  check_sums(levels);
+  check_bad(levels);
   check_rules(rules::All{}, levels, few);
   return checks.finish();
 }

@@ -87,7 +87,7 @@ struct RuleUnderTest {
   const char* name;
   int index, n_states, n_sums;
   const char* states[pytrain::core::max_states] = {};
-  Control control{{0.5, 0.0}, {}};
+  Control control{{0.5, 0.0, 0.0, 0.0, -1.0}, {}};
 };
 
 template <class Rule>
@@ -100,6 +100,7 @@ RuleUnderTest rule_under_test(int index) {
     pytrain::core::GroupRow& row = rule.control.rows[group];
     row.grad_sign = group ? -1.0 : 1.0;
     row.ema_weight = 0.3;
+    row.clip_coef = group ? 0.75 : 1.0;
     for (int h = 0; h < rules::hyper_count<Rule>(); ++h) row.hypers[h] = hyper_value(Rule::hypers[h], group);
   }
   return rule;

@@ -176,12 +176,14 @@ template <class T>
 void reference_segment(const Storage& storage, const Control& control, const Segment& segment, Extra& extra,
                        int n_states, Apply<T> apply) {
   const pytrain::core::GroupRow& row = control.rows[segment.group];
-  const T coef = static_cast<T>(row.grad_sign * control.head.inv_scale);
-  const T weight = static_cast<T>(segment.step > 1.0 ? row.ema_weight : 1.0);
+  const T coef = static_cast<T>(row.grad_sign * control.head.inv_scale * row.clip_coef);
+  const T limit = static_cast<T>(control.head.clip_value);
+  const T weight = static_cast<T>(storage.ema_by_count && segment.step <= 1.0 ? 1.0 : row.ema_weight);
   Values<T> v;
   for (int s = 0; s < n_states; ++s) v.states[s] = load_state<T>(storage, segment, extra, s);
   for (int64_t i = 0; i < segment.numel; ++i) {
-    v.g.push_back(static_cast<T>(get(storage.param, segment.grad, i)) * coef);
+    const T g = static_cast<T>(get(storage.param, segment.grad, i)) * coef;
+    v.g.push_back(limit > T(0) ? std::max(-limit, std::min(g, limit)) : g);
     v.p.push_back(storage.param == Format::bf16   ? load_low<core::Bf16>(storage, segment, extra, i)
                   : storage.param == Format::fp16 ? load_low<core::Fp16>(storage, segment, extra, i)
                                                   : static_cast<T>(get(storage.param, segment.param, i)));

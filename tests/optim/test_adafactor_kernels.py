@@ -180,6 +180,9 @@ def test_both_paths_make_the_same_state() -> None:
         assert kinds[0] == kinds[1] and list(kinds[0]) == list(kinds[1])
 
 
+HEAD = [1.0, 0.0, 0.0, 0.0, -1.0]  # inv_scale, found_inf, clip_value, grad_norm, first_bad
+
+
 def op(**changes: Any) -> int:
     """The op over a matrix and a vector."""
     lists: dict[str, list[Any]] = {
@@ -191,7 +194,7 @@ def op(**changes: Any) -> int:
         "groups": [0, 0],
     }
     hypers = [0.01, -0.8, -1.0, 1e-3, 1.0]
-    control = changes.pop("control", torch.tensor([1.0, 0.0, 1.0, 1.0, *hypers, *[0.0] * 9]).double())
+    control = changes.pop("control", torch.tensor([*HEAD, 1.0, 1.0, 1.0, 0.0, *hypers, *[0.0] * 9]).double())
     for name, second in changes.items():
         lists[name] = lists[name][:1] if second is None else [lists[name][0], second]
     written = [x for name in ("params", "row_vars", "col_vars", "steps") for x in lists[name]]
@@ -208,7 +211,7 @@ def op(**changes: Any) -> int:
 
 def test_op_steps_or_skips() -> None:
     assert op() == -1
-    assert op(control=torch.tensor([1.0, 1.0, *[0.0] * 16]).double()) == -2
+    assert op(control=torch.tensor([1.0, 1.0, *HEAD[2:], *[0.0] * 18]).double()) == -2
 
 
 BAD_TENSORS: list[tuple[dict[str, Any], str]] = [
@@ -225,7 +228,7 @@ BAD_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"col_vars": torch.zeros(4).double()}, r"col_vars\[1\] is not float32 as expected"),
     ({"col_vars": torch.zeros(8)[::2]}, r"col_vars\[1\] is not a contiguous tensor on the CPU"),
     ({"steps": torch.zeros(2)}, r"steps\[1\] has shape \(2\), expected \(\)"),
-    ({"control": torch.zeros(3).double()}, r"control must be a contiguous float64 CPU tensor of 2 \+ 16 x"),
+    ({"control": torch.zeros(3).double()}, r"control must be a contiguous float64 CPU tensor of 5 \+ 18 x"),
 ]
 
 

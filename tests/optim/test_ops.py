@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytrain import backend
 from pytrain.optim import REGISTRY
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW
+from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW
 
 pytestmark = needs_kernels
 RULES = {rule.name: rule for cls in REGISTRY.values() for rule in cls.rules}
@@ -26,7 +26,7 @@ def arguments(rule: Any, sizes: tuple[int, ...] = (5, 0, 33), dtype: torch.dtype
     scalars = [[torch.tensor(0.5) for _ in sizes] for _ in rule.scalars]
     steps = [[torch.tensor(3.0) for _ in sizes]] if rule.counts else []
     control = torch.zeros(CONTROL_HEAD + CONTROL_ROW, dtype=torch.float64)
-    control[0] = control[CONTROL_HEAD] = 1.0
+    control[0] = control[CONTROL_HEAD] = control[CONTROL_HEAD + CLIP_COEF] = 1.0
     for i, name in enumerate(rule.hypers):
         control[CONTROL_HEAD + CONTROL_HYPERS + i] = VALUES.get(name, 0.3)
     return [params, grads, *states, *scalars, *steps, control, [0] * len(sizes)]

@@ -1,0 +1,117 @@
+"""Between pass 1 and pass 2 of a step: clip coefficients and the loss scale, by the kernels or else in Python.
+
+The Python here is the reference of csrc/core/scaler.h and csrc/ops/step.cpp, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytrain import backend
+from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
+
+# The loss scaler's state, one fp32 each: struct Scaler in csrc/core/scaler.h.
+SCALE, GROWTH_TRACKER, HYSTERESIS_LEFT, SKIPPED_IN_A_ROW, BAD_PARAM, BAD_OPTIMIZER, SCALER_SIZE = range(7)
+
+
+class Policy(NamedTuple):
+    """How a loss scale moves; as struct Policy in csrc/core/scaler.h."""
+
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: float
+    hysteresis: float
+    min_scale: float
+    max_scale: float
+    refills: bool  # does every clean step refill the hysteresis, or only growth?
+    first_is_free: bool  # does the first clean step after an overflow not count?
+
+
+def settle(
+    controls: Sequence[Tensor], scale: Tensor, scaled: Sequence[int], clip_groups: list[int], max_norms: list[float]
+) -> None:
+    """Fill in what follows from pass 1: norms, clip coefficients and what unscales.
+
+    Args:
+        controls: the control block of each optimizer.
+        scale: fp32, one element; the loss scale of the gradients of those that are `scaled`.
+        clip_groups: for each param group of all optimizers, which of `max_norms` limits the common norm of all with
+            the same number; -1 for none.
+    """
+    if backend.facts is not None and scale.device.type == "cpu":
+        torch.ops.pytrain._control.default(controls, scale, scaled, clip_groups, max_norms)
+    else:
+        settle_in_python(controls, scale, scaled, clip_groups, max_norms)
+
+
+def settle_in_python(
+    controls: Sequence[Tensor], scale: Tensor, scaled: Sequence[int], clip_groups: list[int], max_norms: list[float]
+) -> None:
+    """The reference of `settle`."""
+    squares, bad = [0.0] * len(max_norms), [0.0] * len(max_norms)
+    places = []
+    for control, has_scale in zip(controls, scaled, strict=True):
+        head, rows = control[:CONTROL_HEAD], control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
+        if has_scale:
+            factor = float(scale)
+            head[INV_SCALE] = float(head[INV_SCALE]) / factor if factor else math.inf
+            head[FOUND_INF] += not math.isfinite(head[INV_SCALE])
+        total = sum(rows[:, SUMSQ].tolist())
+        head[GRAD_NORM] = math.nan if head[FIRST_BAD] >= 0 else math.sqrt(total) * float(head[INV_SCALE])
+        places += [(head, row) for row in rows]
+    for (head, row), group in zip(places, clip_groups, strict=True):
+        if group >= 0:
+            squares[group] += float(row[SUMSQ]) * float(head[INV_SCALE]) * float(head[INV_SCALE])
+            bad[group] += float(head[FOUND_INF])
+    for (head, row), group in zip(places, clip_groups, strict=True):
+        row[CLIP_COEF] = 1.0
+        if group >= 0:
+            if not math.isnan(squares[group]):
+                row[CLIP_COEF] = min(1.0, max_norms[group] / (math.sqrt(squares[group]) + 1e-6))
+            if bad[group] and not head[FOUND_INF]:
+                head[FOUND_INF] = bad[group]
+
+
+def update_scaler(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> None:
+    """Move the loss scale after a step by what its optimizers' control blocks found."""
+    if backend.facts is not None and state.device.type == "cpu":
+        torch.ops.pytrain._scaler_update.default(state, controls, policy)
+        torch.autograd.graph.increment_version(state)
+    else:
+        update_scaler_in_python(state, controls, policy)
+
+
+def update_scaler_in_python(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> None:
+    """The reference of `update_scaler`."""
+    found = [(i, float(control[FIRST_BAD])) for i, control in enumerate(controls) if control[FOUND_INF] != 0]
+    values = state.tolist()
+    if found:
+        if values[SKIPPED_IN_A_ROW] == 0:
+            values[BAD_OPTIMIZER], values[BAD_PARAM] = found[0]
+        values[SKIPPED_IN_A_ROW] += 1
+        values[GROWTH_TRACKER] = 0.0
+        values[HYSTERESIS_LEFT] = max(values[HYSTERESIS_LEFT] - 1, 0.0)
+        if values[HYSTERESIS_LEFT] == 0:
+            lower = _fp32(values[SCALE] * policy.backoff_factor)
+            values[SCALE] = max(lower, min(values[SCALE], _fp32(policy.min_scale)))
+    else:
+        values[SKIPPED_IN_A_ROW] = 0.0
+        if policy.refills:
+            values[HYSTERESIS_LEFT] = policy.hysteresis
+        values[GROWTH_TRACKER] += 1
+        if values[GROWTH_TRACKER] >= policy.growth_interval + policy.first_is_free:
+            values[GROWTH_TRACKER] = float(policy.first_is_free)
+            values[HYSTERESIS_LEFT] = policy.hysteresis
+            higher = _fp32(values[SCALE] * policy.growth_factor)
+            limited = min(higher, max(values[SCALE], _fp32(policy.max_scale)))
+            values[SCALE] = limited if math.isfinite(limited) else values[SCALE]
+    state.copy_(torch.tensor(values, dtype=torch.float32))
+
+
+def _fp32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))

@@ -1,0 +1,163 @@
+"""What takes part in a step: pytrain's optimizers have both passes themselves; here is what steps any other one.
+
+A part has `measure` (pass 1, which returns the control block), `finish` (pass 2), `abandon` (take pass 1 back) and
+`done` (the parameters whose averages pass 2 has moved).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from pytrain.optim.base import FusedOptimizer
+from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, INV_SCALE, SUMSQ
+from pytrain.optim.slow import sum_squares
+
+NOBODY: frozenset[int] = frozenset()
+
+
+class Part(Protocol):
+    """An optimizer in a step."""
+
+    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+        """Pass 1."""
+
+    def finish(self, *, alone: bool) -> None:
+        """Pass 2; `alone` where nothing has run since pass 1 that could have moved a tensor."""
+
+    def abandon(self) -> None:
+        """Forget pass 1, if pass 2 has not come."""
+
+    def done(self) -> frozenset[int]:
+        """The ids of the parameters whose averages pass 2 has moved."""
+
+
+def part_of(optimizer: Optimizer, place: int = 0) -> Part:
+    """What steps this optimizer, which stands at a place of a list.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(optimizer, FusedOptimizer):
+        if optimizer.storage.in_backward:
+            return Released(optimizer)
+        if optimizer.takes_control:
+            return optimizer
+    elif not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizers[{place}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return Foreign(optimizer)
+
+
+def blank_control(groups: int, grad_coef: float = 1.0) -> Tensor:
+    """The control block of a step in which nothing was found yet."""
+    control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * groups, dtype=torch.float64, device="cpu")
+    control[INV_SCALE], control[FIRST_BAD] = grad_coef, -1.0
+    control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, CLIP_COEF] = 1.0
+    return control
+
+
+class Foreign:
+    """An optimizer without kernels for the two passes: torch's operations unscale and clip its gradients in place.
+
+    The flag and the norms are read by the host: one wait for the device a step.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.control = blank_control(len(optimizer.param_groups))
+        self.clip_value = 0.0
+
+    @torch.no_grad()
+    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+        """Pass 1, a tensor at a time."""
+        self.clip_value, self.control[INV_SCALE] = clip_value, grad_coef
+        number = 0
+        for row, group in enumerate(self.optimizer.param_groups):
+            total = 0.0
+            for param in group["params"]:
+                squares = sum_squares(param.grad)
+                if not math.isnan(squares):
+                    total += squares
+                elif not self.control[FOUND_INF]:
+                    self.control[FOUND_INF], self.control[FIRST_BAD] = 1.0, number
+                number += 1
+            self.control[CONTROL_HEAD + row * CONTROL_ROW + SUMSQ] = total
+        return self.control
+
+    def finish(self, *, alone: bool) -> None:
+        """Pass 2: nothing where an inf or nan was found."""
+        optimizer, fused = self.optimizer, isinstance(self.optimizer, FusedOptimizer)
+        if self.control[FOUND_INF] != 0:
+            if fused:
+                optimizer.skip()  # type: ignore[attr-defined]
+            return
+        rows = self.control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
+        with torch.no_grad():
+            for row, group in zip(rows, optimizer.param_groups, strict=True):
+                coef = float(self.control[INV_SCALE] * row[CLIP_COEF])
+                self._prepare([param for param in group["params"] if param.grad is not None], coef)
+        optimizer.step()
+
+    def _prepare(self, params: list[Tensor], coef: float) -> None:
+        """Multiply and clamp gradients in place."""
+        if not params or (coef == 1.0 and not self.clip_value):
+            return
+        values = []
+        for param in params:
+            grad = param.grad
+            assert grad is not None
+            if grad.layout == torch.strided and 0 in grad.stride():  # expanded: torch does not write into it
+                param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
+            if grad.layout == torch.sparse_coo:
+                param.grad = grad = grad.coalesce()
+                grad = grad._values()
+            values.append(grad)
+        if coef != 1.0:
+            torch._foreach_mul_(values, coef)
+        if self.clip_value:
+            torch._foreach_clamp_min_(values, -self.clip_value)
+            torch._foreach_clamp_max_(values, self.clip_value)
+
+    def abandon(self) -> None:
+        """Nothing was begun."""
+
+    def done(self) -> frozenset[int]:
+        """None."""
+        return NOBODY
+
+
+class Released:
+    """An optimizer that steps in backward: its gradients are gone, and what was bad was skipped one by one."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self.optimizer = optimizer
+
+    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+        """No pass 1; the norm is unknown.
+
+        Raises:
+            ValueError: the step needs all gradients together.
+        """
+        if grad_coef != 1.0 or clip_value:
+            raise ValueError(
+                "step_in_backward=True: the gradients were stepped and freed in backward; grad_divisor and clip_value "
+                "came too late: leave one of the two out"
+            )
+        control = blank_control(len(self.optimizer.param_groups))
+        control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ] = math.nan
+        return control
+
+    def finish(self, *, alone: bool) -> None:
+        """Close the step."""
+        self.optimizer.step()
+
+    def abandon(self) -> None:
+        """Nothing was begun."""
+
+    def done(self) -> frozenset[int]:
+        """None."""
+        return NOBODY
