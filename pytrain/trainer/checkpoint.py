@@ -19,13 +19,14 @@ from torch import Tensor
 
 from pytrain.trainer.optimizers import OptimizerSetup
 
-FORMAT = 1
+FORMAT = 2
 KEYS = frozenset(
     {
-        "format", "precision", "module", "optimizer", "scheduler", "scaler", "epoch", "global_step", "batch_idx",
+        "format", "precision", "module", "optimizer", "scheduler", "scaler", "ema", "epoch", "global_step", "batch_idx",
         "skipped_steps", "skipped_in_a_row", "metrics_lines", "rng", "epoch_rng",
     }
 )  # fmt: skip
+NAMES = {"scaler": "a loss scaler", "ema": "weight averages"}
 _MAGIC = b"PTRNCKPT"
 _SEAL_BYTES = len(_MAGIC) + 8 + 32
 _CHUNK = 1 << 20
@@ -159,6 +160,8 @@ def check_fits(
     module: torch.nn.Module,
     setup: OptimizerSetup,
     precision: str,
+    scaler: object,
+    ema: object,
 ) -> None:
     """Check, before anything is changed, that a checkpoint fits a module, optimizer, schedule and precision.
 
@@ -185,6 +188,10 @@ def check_fits(
             f"{name}: the optimizer was saved with parameter groups of {saved_groups} parameters, "
             f"this one has {own_groups}"
         )
+    for key, own in (("scaler", scaler), ("ema", ema)):
+        if (payload[key] is None) != (own is None):
+            word = "without" if payload[key] is None else "with"
+            raise CheckpointError(f"{name} was taken {word} {NAMES[key]}, this run is not")
     if (payload["scheduler"] is None) != (setup.scheduler is None):
         saved_word, own_word = ("a", "none") if payload["scheduler"] is not None else ("no", "one")
         raise CheckpointError(

@@ -48,6 +48,7 @@ class TrainerConfig:
     enable_checkpointing: bool
     checkpoint_every_n_steps: int | None
     keep_checkpoints: int | None
+    ema_decay: float | None
 
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:
@@ -73,6 +74,11 @@ class TrainerConfig:
             isinstance(clip, (int, float)) and not isinstance(clip, bool) and 0 < clip < math.inf
         ):
             raise ValueError(f"Trainer: gradient_clip_val must be None or a finite number > 0, got {clip!r}")
+        decay = self.ema_decay
+        if decay is not None and not (
+            isinstance(decay, (int, float)) and not isinstance(decay, bool) and 0 <= decay < 1
+        ):
+            raise ValueError(f"Trainer: ema_decay must be None or a number in [0, 1), got {decay!r}")
         if self.checkpoint_every_n_steps is not None and not self.enable_checkpointing:
             raise ValueError(
                 f"Trainer: checkpoint_every_n_steps={self.checkpoint_every_n_steps} needs enable_checkpointing=True"

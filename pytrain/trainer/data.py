@@ -1,8 +1,8 @@
-"""Batches: their length, their device, their size, and the short last window."""
+"""Batches: their length, their device and their size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,19 +19,6 @@ def loader_length(loader: Iterable[Any]) -> int | None:
         return len(loader)
     except TypeError:  # a DataLoader over an IterableDataset without a length has __len__, but it raises
         return None
-
-
-def window_length(accumulate: int, length: int | None, done: int) -> int:
-    """Return how many micro-batches the next window takes: `accumulate`, or what is left of the epoch if less."""
-    left = 0 if length is None else length - done
-    return left if 0 < left < accumulate else accumulate
-
-
-def rescale_grads_(params: Sequence[Tensor], factor: float) -> None:
-    """Multiply all gradients by `factor`: for a window that turned out shorter than it was divided by."""
-    for param in params:
-        if param.grad is not None:
-            param.grad.mul_(factor)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -13,28 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pytrain.amp import LossScaler, name_of
+from pytrain.ema import EMA
+from pytrain.steps import StepInfo
+from pytrain.steps import step as pytrain_step
 from pytrain.trainer.checkpoint import FORMAT, CheckpointFolder, check_fits, load_checkpoint, write_checkpoint
 from pytrain.trainer.config import ClipAlgorithm, Precision, TrainerConfig
-from pytrain.trainer.data import (
-    loader_length,
-    no_batch_message,
-    rescale_grads_,
-    skip_batches,
-    start_epoch,
-    window_length,
-)
+from pytrain.trainer.data import loader_length, no_batch_message, skip_batches, start_epoch
 from pytrain.trainer.loggers import JsonLinesLogger
 from pytrain.trainer.module import Module
 from pytrain.trainer.optimizers import OptimizerSetup, check_release, read_optimizers
-from pytrain.trainer.precision import PRECISIONS, SkipWatch
+from pytrain.trainer.precision import PRECISIONS
 from pytrain.trainer.progress import Progress, format_metrics, make_progress
 from pytrain.trainer.rng import capture_rng, restore_rng, seed_all
 from pytrain.trainer.validation import validate
 
-MAX_SKIPS_IN_A_ROW = 64  # from torch's first scale, 2**16, down to 2**-48: nothing finite overflows there
+MAX_SKIPS_IN_A_ROW = 64  # as LossScaler has it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,8 +40,8 @@ class _Run:
     module: Module
     device: torch.device
     setup: OptimizerSetup
-    scaler: torch.amp.GradScaler | None
-    skip_watch: SkipWatch | None
+    scaler: LossScaler | None
+    ema: EMA | None
     train_loader: Iterable[Any]
     val_loader: Iterable[Any] | None
     length: int | None
@@ -60,9 +56,9 @@ class _Run:
     inside_window: bool = False
 
     def close(self) -> None:
-        """Let go of the terminal, the file, the optimizer hook and the loader's workers."""
+        """Let go of the terminal, the file and the loader's workers."""
         self.batches = iter(())
-        for part in (self.progress, self.logger, self.skip_watch):
+        for part in (self.progress, self.logger):
             if part is not None:
                 part.close()
 
@@ -85,12 +81,16 @@ class Trainer:
         enable_checkpointing: save after every epoch and at the end.
         checkpoint_every_n_steps: save also every so many applied steps, >= 1; None: do not.
         keep_checkpoints: how many automatic checkpoints of a run stay, >= 1; None: all.
+        ema_decay: keep an exponential moving average of the parameters, with this decay in [0, 1), and validate with
+            it; None: no average.
 
     Attributes:
         current_epoch: the epoch under way, from 0.
         global_step: optimizer steps applied.
         batch_idx: batches of this epoch done.
         skipped_steps: steps that met an inf or nan and changed nothing.
+        ema: the averages (`pytrain.ema.EMA`) of the last `fit`, or None. `with trainer.ema.swap():` puts them into the
+            module, `trainer.ema.copy_to(module)` for good.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -112,6 +112,7 @@ class Trainer:
         enable_checkpointing: bool = True,
         checkpoint_every_n_steps: int | None = None,
         keep_checkpoints: int | None = 2,
+        ema_decay: float | None = None,
     ) -> None:
         self.config = TrainerConfig(
             max_epochs=max_epochs,
@@ -127,8 +128,10 @@ class Trainer:
             enable_checkpointing=enable_checkpointing,
             checkpoint_every_n_steps=checkpoint_every_n_steps,
             keep_checkpoints=keep_checkpoints,
+            ema_decay=ema_decay,
         )
         self.current_epoch = self.global_step = self.batch_idx = self.skipped_steps = 0
+        self.ema: EMA | None = None
         self._run: _Run | None = None
 
     def fit(
@@ -152,7 +155,7 @@ class Trainer:
             TypeError, ValueError: module or loaders are unfit, or the module's methods return unfit values.
             NotImplementedError: the module has several optimizers, or lacks a method.
             CheckpointError: the checkpoint is damaged or does not fit.
-            FloatingPointError: 64 steps in a row met an inf or nan.
+            FloatingPointError: 64 steps in a row met an inf or nan, the last at the lowest loss scale if there is one.
         """
         run = self._run = self._start(module, train_dataloader, val_dataloader, ckpt_path)
         try:
@@ -189,56 +192,39 @@ class Trainer:
         config, scaler, optimizer, progress = self.config, run.scaler, run.setup.optimizer, run.progress
         accumulate, length, save_every = config.accumulate_grad_batches, run.length, config.checkpoint_every_n_steps
         training_step = PRECISIONS[config.precision].wrap(run.module.training_step, run.device.type)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        clip = _make_clip(config.gradient_clip_val, config.gradient_clip_algorithm)
-        step_was_skipped = _skip_reader(optimizer, run.skip_watch)
+        clip = _clip_arguments(config.gradient_clip_val, config.gradient_clip_algorithm)
         schedule = run.setup.scheduler if run.setup.interval == "step" else None
         self._open_batches(run)
-        first, micro, loss, norm = self.batch_idx, 1, torch.zeros(()), None
+        first, micro, loss, step = self.batch_idx, 1, torch.zeros(()), None
 
         while self.global_step != config.max_steps:
-            # One window: the gradients of up to `accumulate` micro-batches, each divided by the window's length.
+            # One window: the gradients of up to `accumulate` micro-batches, summed up.
             run.inside_window = True
             optimizer.zero_grad(set_to_none=True)
-            window = 1 if accumulate == 1 else window_length(accumulate, length, self.batch_idx)
             micro = 0
-            for batch in islice(run.batches, window):
+            for batch in islice(run.batches, accumulate):
                 output = training_step(batch, self.batch_idx + micro)
                 part = output if type(output) is Tensor else _loss_of(output)
-                part = part if window == 1 else part / window
                 (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
-                loss = part if micro == 0 else loss + part.detach()
+                loss = part.detach() if micro == 0 else loss + part.detach()
                 micro += 1
             if micro == 0:
                 run.inside_window = False
                 break
-            if micro < window:  # the loader did not know its length: divide by the window's own length after all
-                rescale_grads_(params, window / micro)
-                loss = loss * (window / micro)
+            loss = loss / micro
 
-            # One step: unscale and clip the gradients, update the parameters, then the loss scale.
-            if clip is not None:
-                if scaler is not None:
-                    scaler.unscale_(optimizer)
-                norm = clip(params)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
+            # One step: check, unscale, divide and clip the gradients; parameters, averages, loss scale, schedule. A
+            # skipped step is no step: besides the loss scale nothing moves, neither the schedule nor the step count.
+            step = pytrain_step(optimizer, scaler, grad_divisor=micro, schedule=schedule, ema=run.ema, **clip)
             self.batch_idx += micro
             run.inside_window = False
-
-            # A skipped step is no step: neither the schedule nor the step count moves.
-            if step_was_skipped is not None and step_was_skipped():
-                self._count_skip(run)
+            if not step.applied or getattr(optimizer, "step_was_skipped", False):
+                self._count_skip(run, step)
             else:
                 self.global_step += 1
                 run.skipped_in_a_row = 0
-                if schedule is not None:
-                    schedule.step()
                 if self.global_step % config.log_every_n_steps == 0:
-                    self._log(run, loss, norm)
+                    self._log(run, loss, step)
                 if save_every is not None and self.global_step % save_every == 0:
                     run.checkpoints.save(self.global_step, self._state(run))
             if progress is not None and perf_counter() >= progress.next_draw:
@@ -248,7 +234,7 @@ class Trainer:
             raise ValueError(no_batch_message("train_dataloader", run.train_loader))
         if self.batch_idx > first:
             if self.global_step % config.log_every_n_steps != 0:
-                self._log(run, loss, norm)
+                self._log(run, loss, step)
             if progress is not None:
                 progress.draw(epoch=self.current_epoch, step=self.global_step, loss=loss.item())
         return micro == 0 or self.batch_idx == length
@@ -266,20 +252,21 @@ class Trainer:
             run.epoch_rng = capture_rng(run.device, loader)
             run.batches = start_epoch(loader, self.current_epoch, run.device)
 
-    def _count_skip(self, run: _Run) -> None:
+    def _count_skip(self, run: _Run, step: StepInfo) -> None:
         self.skipped_steps += 1
         run.skipped_in_a_row += 1
-        if run.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
+        if run.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW and run.scaler is None:
+            where = name_of(run.setup.optimizer, int(step.first_bad)) if step.first_bad >= 0 else "unknown"
             raise FloatingPointError(
-                f"{run.skipped_in_a_row} steps in a row met an inf or nan, at every loss scale: the loss or the model "
-                f"itself is not finite (epoch {self.current_epoch}, batch {self.batch_idx - 1})"
+                f"{run.skipped_in_a_row} steps in a row met an inf or nan: the loss or the model itself is not finite "
+                f"(epoch {self.current_epoch}, batch {self.batch_idx - 1}, first bad gradient: {where})"
             )
 
-    def _log(self, run: _Run, loss: Tensor, norm: Tensor | None) -> None:
+    def _log(self, run: _Run, loss: Tensor, step: StepInfo | None) -> None:
         """Write the metrics of the window just done. Besides progress, the only place that waits for the device."""
         metrics = {"loss": loss.item(), "lr": float(run.setup.optimizer.param_groups[0]["lr"])}
-        if norm is not None:
-            metrics["grad_norm"] = norm.item()
+        if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
+            metrics["grad_norm"] = step.grad_norm.item()
         if run.scaler is not None:
             metrics["loss_scale"] = run.scaler.get_scale()
         metrics["skipped_steps"] = self.skipped_steps
@@ -293,7 +280,8 @@ class Trainer:
         if run.val_loader is None:
             return {}
         step = PRECISIONS[self.config.precision].wrap(run.module.validation_step, run.device.type)
-        metrics = validate(run.module, step, run.val_loader, run.device)
+        with run.ema.swap() if run.ema is not None and run.ema.n_averaged else nullcontext():
+            metrics = validate(run.module, step, run.val_loader, run.device)
         run.logger.log(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
         if run.progress is not None:
             run.progress.message(f"epoch {self.current_epoch + 1}  validation  {format_metrics(metrics)}")
@@ -330,13 +318,14 @@ class Trainer:
             seed_all(config.seed)
         setup = read_optimizers(module.configure_optimizers())
         check_release(setup.optimizer, config)
-        scaler = PRECISIONS[config.precision].make_scaler(device.type)
+        scaler = PRECISIONS[config.precision].make_scaler()
+        self.ema = None if config.ema_decay is None else EMA(module, config.ema_decay)
         if not module.training:
             module.train()
         if saved is None or path is None:
             self.current_epoch = self.global_step = self.batch_idx = self.skipped_steps = 0
         else:
-            check_fits(path, saved, module=module, setup=setup, precision=config.precision)
+            check_fits(path, saved, module=module, setup=setup, precision=config.precision, scaler=scaler, ema=self.ema)
             self._restore(saved, module, setup, scaler)
             checkpoints.adopt(Path(path))
             restore_rng(saved["rng"], train_loader)
@@ -347,7 +336,7 @@ class Trainer:
             device=device,
             setup=setup,
             scaler=scaler,
-            skip_watch=None if scaler is None else SkipWatch(setup.optimizer),
+            ema=self.ema,
             train_loader=train_loader,
             val_loader=val_loader,
             length=length,
@@ -372,6 +361,7 @@ class Trainer:
             "optimizer": run.setup.optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if run.ema is None else run.ema.state_dict(),
             "epoch": self.current_epoch,
             "global_step": self.global_step,
             "batch_idx": self.batch_idx,
@@ -382,9 +372,7 @@ class Trainer:
             "epoch_rng": run.epoch_rng,
         }
 
-    def _restore(
-        self, saved: dict[str, Any], module: Module, setup: OptimizerSetup, scaler: torch.amp.GradScaler | None
-    ) -> None:
+    def _restore(self, saved: dict[str, Any], module: Module, setup: OptimizerSetup, scaler: LossScaler | None) -> None:
         """Put back what `_state` returned, but for the random states."""
         module.load_state_dict(saved["module"])
         setup.optimizer.load_state_dict(saved["optimizer"])
@@ -392,6 +380,8 @@ class Trainer:
             setup.scheduler.load_state_dict(saved["scheduler"])
         if scaler is not None:
             scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
         self.current_epoch, self.global_step = saved["epoch"], saved["global_step"]
         self.batch_idx, self.skipped_steps = saved["batch_idx"], saved["skipped_steps"]
 
@@ -420,20 +410,11 @@ def _loss_of(output: Any) -> Tensor:
     return loss
 
 
-def _make_clip(value: float | None, algorithm: ClipAlgorithm) -> Callable[[list[Tensor]], Tensor | None] | None:
-    """Return what clips gradients in place (and returns their norm, where it takes one), or None."""
+def _clip_arguments(value: float | None, algorithm: ClipAlgorithm) -> dict[str, Any]:
+    """Return the arguments of `pytrain.step` that clip."""
     if value is None:
-        return None
-    if algorithm == "norm":
-        return partial(clip_grad_norm_, max_norm=value)
-    return partial(clip_grad_value_, clip_value=value)
-
-
-def _skip_reader(optimizer: torch.optim.Optimizer, watch: SkipWatch | None) -> Callable[[], bool] | None:
-    """Return what tells whether the last step was skipped; None where no step is checked."""
-    if watch is not None:
-        return watch.skipped
-    return partial(getattr, optimizer, "step_was_skipped") if hasattr(optimizer, "step_was_skipped") else None
+        return {}
+    return {"max_norm": float(value)} if algorithm == "norm" else {"clip_value": float(value)}
 
 
 def _total_steps(config: TrainerConfig, length: int | None) -> int | None:

@@ -125,6 +125,7 @@ def test_resume_is_bitwise_with_a_moving_loss_scale_and_skipped_steps(kind: str,
         batches(2),
         precision="fp16-mixed",
         gradient_clip_val=0.5,
+        ema_decay=0.8,
         max_epochs=2,
     )
 
@@ -166,6 +167,7 @@ def test_metrics_written_after_the_checkpoint_are_not_doubled(tmp_path: Path) ->
     assert read_metrics(folder) == read_metrics(tmp_path / "whole")
 
 
+FP16 = {"precision": "fp16-mixed", "gradient_clip_val": 0.5, "ema_decay": 0.8}
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
@@ -199,8 +201,8 @@ def rename(source, target):
     replace(source, target)
 
 torch.save, os.fsync, os.replace = save, sync, rename
-settings = dict(max_epochs=2, enable_checkpointing=True, checkpoint_every_n_steps=2, seed=1)
-make_trainer(Path({folder!r}), **settings).fit(Validated(), noisy_loader(), batches(2))
+settings = dict(max_epochs=2, enable_checkpointing=True, checkpoint_every_n_steps=2, seed=1, **{settings!r})
+make_trainer(Path({folder!r}), **settings).fit(Validated(overflow_at=(2,)), noisy_loader(), batches(2))
 """
 
 
@@ -208,16 +210,16 @@ make_trainer(Path({folder!r}), **settings).fit(Validated(), noisy_loader(), batc
 def test_a_process_killed_while_it_saves_resumes_bitwise(stage: str, tmp_path: Path) -> None:
     """The fourth save, at step 6, dies; the third, at step 6 of the epoch's end or step 4, must be whole."""
     folder = tmp_path / "killed"
-    code = KILLED_RUN.format(tests=str(Path(__file__).parent), stage=stage, folder=str(folder))
+    code = KILLED_RUN.format(tests=str(Path(__file__).parent), stage=stage, folder=str(folder), settings=FP16)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (folder / "checkpoints" / ".step-00000006.ckpt.tmp").exists()
     settings: dict[str, Any] = {**SETTINGS, "max_epochs": 2, "checkpoint_every_n_steps": 2, "keep_checkpoints": 2}
     modules = []
     for run_folder in (tmp_path / "whole", folder):
-        module = Validated()
+        module = Validated(overflow_at=(2,))
         disturb()
-        make_trainer(run_folder, **settings).fit(module, noisy_loader(), batches(2), ckpt_path="last")
+        make_trainer(run_folder, **settings, **FP16).fit(module, noisy_loader(), batches(2), ckpt_path="last")
         modules.append(module)
     assert_same_bits(dict(modules[0].state_dict()), dict(modules[1].state_dict()))
     assert read_metrics(folder) == read_metrics(tmp_path / "whole")

