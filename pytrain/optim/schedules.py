@@ -142,8 +142,10 @@ class WarmupStableDecay(Schedule):
 
 
 class InverseSqrt(Schedule):
-    r"""Up in a line over `warmup_steps`, then down as :math:`\sqrt{\mathrm{timescale} / (\mathrm{timescale} + t)}`, with
-    t counted from the end of the warm-up.
+    r"""Up in a line over `warmup_steps`, then down with the t-th step after the warm-up, t from 0, as
+
+    .. math::
+        \sqrt{\mathrm{timescale} / (\mathrm{timescale} + t)}
 
     Args:
         optimizer: whose groups' lr it sets.
@@ -154,7 +156,8 @@ class InverseSqrt(Schedule):
     Raises:
         ValueError: an argument is out of its range.
 
-    Source: Vaswani et al. 2017, section 5.3 (arXiv:1706.03762), the same but for one step where timescale = warmup_steps.
+    Source: Vaswani et al. 2017, section 5.3 (arXiv:1706.03762): but for one step the same, with timescale =
+    warmup_steps.
     """
 
     def __init__(
