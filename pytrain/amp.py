@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,6 +38,7 @@ POLICIES: dict[str, tuple[float, Policy]] = {
     "deepspeed-consecutive": (2.0**16, Policy(2.0, 0.5, 1000, 2, 1.0, math.inf, refills=True, first_is_free=True)),
     "static": (math.nan, Policy(1.0, 1.0, 2**24 - 1, 1, 0.0, math.inf, refills=False, first_is_free=False)),
 }
+SCALES = "a number > 0 that fp32 has"
 LOWEST = 2.0**-24  # a scale that counts as the floor where the policy has none: fp16's smallest number
 READ_EVERY = 64  # steps between two looks at the state where looking would wait for the device
 
@@ -128,11 +131,20 @@ class LossScaler:
         self._place(self._state)
         self.stages: list[Stage] = []
         self._updates = 0
+        self._first_bad: weakref.ref[Optimizer] | None = None  # whose optimizer's the last row of skips began with
         self.window = False  # is a pytrain.open_step under way, which updates at its end?
 
     def _place(self, state: Tensor) -> None:
         self._state, self.current = state, state[SCALE]  # current: the scale, fp32, shape (); it changes in place
         self._numbers = state.numpy() if state.device.type == "cpu" else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_between("copy")
+        return {**self.__dict__, "current": None, "_numbers": None, "_first_bad": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._place(self._state)
 
     # ---- GradScaler's methods --------------------------------------------------------------------------------------
 
@@ -168,11 +180,11 @@ class LossScaler:
         """
         if not self.enabled:
             return
-        stage = self.stage(optimizer)
-        if stage.unscaled:
-            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
-        if stage.stepped:
-            raise RuntimeError("unscale_() is being called after step().")
+        for stage in self.stages:
+            if stage.optimizer is optimizer and stage.unscaled:
+                raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+            if stage.optimizer is optimizer and stage.stepped:
+                raise RuntimeError("unscale_() is being called after step().")
         inverse, found = self.current.double().reciprocal().float(), torch.zeros((), device="cpu")
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for group in optimizer.param_groups:
@@ -181,14 +193,17 @@ class LossScaler:
                     continue
                 grad = param.grad
                 if grad.is_sparse:
-                    param.grad = grad = grad.coalesce()
+                    if grad.dtype == torch.float16:  # whose rows may overflow only when they are summed
+                        param.grad = grad = grad.coalesce()
                     grad = grad._values()
+                grad = torch.view_as_real(grad) if grad.is_complex() else grad
                 by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
         with torch.no_grad():
             for (device, _), grads in by_kind.items():
                 flag = torch.zeros(1, device=device)
                 torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, inverse.to(device))
                 found += flag[0].to(found.device)
+        stage = self.stage(optimizer)
         stage.unscaled, stage.found_inf = True, found
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -203,6 +218,8 @@ class LossScaler:
             raise RuntimeError("step: an open_step() is under way under this scaler; use the step() of its window")
         if "closure" in kwargs or args:
             raise RuntimeError("step: closures cannot be used with a loss scaler, which steps after one backward")
+        if kwargs:
+            raise TypeError(f"step: unexpected arguments {', '.join(kwargs)}; a step under a loss scaler takes none")
         from pytrain.clip import read_clip
         from pytrain.steps import take
 
@@ -225,11 +242,12 @@ class LossScaler:
 
     def move(self, new_scale: float | Tensor | None = None) -> None:
         """`update`, whether a window is open or not."""
-        stages, self.stages = self.stages, []
         if new_scale is not None:
             value = float(new_scale)
-            if not 0 < value < math.inf:
-                raise ValueError(f"new_scale: expected a finite number > 0, got {value}")
+            if not _is_scale(value):
+                raise ValueError(f"new_scale: expected {SCALES}, got {value!r}")
+        stages, self.stages = self.stages, []
+        if new_scale is not None:
             self._state[SCALE] = value
             return
         if not stages:
@@ -242,8 +260,10 @@ class LossScaler:
         update_scaler(self._state, controls, self.rules)
         self._updates += 1
         row = self._numbers[SKIPPED_IN_A_ROW] if self._numbers is not None else 0
+        if row == 1:
+            self._first_bad = weakref.ref(stages[int(self._state[BAD_OPTIMIZER])].optimizer)
         if row >= self.max_skipped_in_a_row or (self._numbers is None and self._updates % READ_EVERY == 0):
-            self._check_floor(stages)
+            self._check_floor()
 
     def get_scale(self) -> float:
         """The scale; waits for the device."""
@@ -278,6 +298,8 @@ class LossScaler:
         self._change(growth_interval=new_interval)
 
     def _change(self, **changes: float) -> None:
+        if self.policy_name == "static":
+            raise ValueError(f"{next(iter(changes))}: a static scale never moves")
         rules = self.rules._replace(**changes)  # type: ignore[arg-type]
         _check(rules, self.get_scale() or 1.0, self.policy_name)
         self.rules = rules
@@ -328,6 +350,10 @@ class LossScaler:
         static = policy == "static"
         rules = self.rules if static else self.rules._replace(**{n: state_dict[n] for n in names if n in state_dict})
         _check(rules, state_dict["scale"], policy, zero=True)
+        for key in ("_growth_tracker", "hysteresis_left", "skipped_in_a_row"):
+            count = state_dict.get(key, 0)
+            if not (isinstance(count, int) and 0 <= count < 2**24):
+                raise ValueError(f"load_state_dict: {key}: expected an int from 0 to 2**24 - 1, got {count!r}")
         self.rules = rules
         optimizer, param = state_dict.get("first_bad", (-1, -1))
         values = [0.0] * SCALER_SIZE
@@ -376,21 +402,18 @@ class LossScaler:
         if self.stages:
             raise RuntimeError(f"{what}: a step is under way (unscaled or stepped, not updated); call update() first")
 
-    def _check_floor(self, stages: list[Stage]) -> None:
+    def _check_floor(self) -> None:
         values = self._state.tolist() if self._numbers is None else self._numbers
         row = values[SKIPPED_IN_A_ROW]
         if row < self.max_skipped_in_a_row:
             return
         scale, static = float(values[SCALE]), self.policy_name == "static"
-        if not static and scale > max(self.rules.min_scale, LOWEST):
+        if not static and scale > max(_fp32(self.rules.min_scale), LOWEST):
             return
-        at, number = int(values[BAD_OPTIMIZER]), int(values[BAD_PARAM])
-        optimizer = stages[at].optimizer if 0 <= at < len(stages) else None
-        where = (
-            ""
-            if optimizer is None
-            else "; the first bad gradient of the first of them was that of " + name_of(optimizer, number)
-        )
+        number, where = int(values[BAD_PARAM]), ""
+        optimizer = None if self._first_bad is None else self._first_bad()
+        if optimizer is not None and number >= 0:
+            where = f"; the first bad gradient of the first of them was that of {name_of(optimizer, number)}"
         raise LossScaleError(
             f"{int(row)} steps in a row met an inf or nan, the last of them at the lowest scale, {scale:g}{where}. "
             "The loss or the model itself is not finite: look at the loss, at the inputs and at that parameter"
@@ -417,6 +440,15 @@ def name_of(optimizer: Optimizer, number: int) -> str:
     return f"{type(optimizer).__name__}: an unknown parameter"
 
 
+def _fp32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether fp32 has this scale, or one near it."""
+    return isinstance(value, (int, float)) and 0 < _fp32(value) < math.inf
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -428,7 +460,7 @@ def _check(rules: Policy, scale: float, policy: str, *, zero: bool = False) -> N
         if not good:
             raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
-    check("init_scale", scale, 0 < scale < math.inf or (zero and scale == 0), "a finite number > 0")
+    check("init_scale", scale, _is_scale(scale) or (zero and scale == 0), SCALES)
     if policy == "static":
         return
     check("growth_factor", rules.growth_factor, 1 < rules.growth_factor < math.inf, "a finite number > 1")
@@ -438,6 +470,6 @@ def _check(rules: Policy, scale: float, policy: str, *, zero: bool = False) -> N
     check("hysteresis", rules.hysteresis, _is_count(rules.hysteresis), "an int >= 1")
     check("min_scale", rules.min_scale, 0 <= rules.min_scale < math.inf, "a finite number >= 0")
     check("max_scale", rules.max_scale, rules.max_scale >= max(rules.min_scale, 2.0**-126), "at least min_scale, > 0")
-    inside = rules.min_scale <= scale <= rules.max_scale
+    inside = _fp32(rules.min_scale) <= _fp32(scale) <= _fp32(rules.max_scale)
     if not zero:
         check("init_scale", scale, inside, f"from min_scale={rules.min_scale} to max_scale={rules.max_scale}")

@@ -18,6 +18,8 @@ from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, 
 # The loss scaler's state, one fp32 each: struct Scaler in csrc/core/scaler.h.
 SCALE, GROWTH_TRACKER, HYSTERESIS_LEFT, SKIPPED_IN_A_ROW, BAD_PARAM, BAD_OPTIMIZER, SCALER_SIZE = range(7)
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 class Policy(NamedTuple):
     """How a loss scale moves; as struct Policy in csrc/core/scaler.h."""
@@ -60,9 +62,13 @@ def settle_in_python(
         if has_scale:
             factor = float(scale)
             head[INV_SCALE] = float(head[INV_SCALE]) / factor if factor else math.inf
-            head[FOUND_INF] += not math.isfinite(head[INV_SCALE])
-        total = sum(rows[:, SUMSQ].tolist())
+            head[FOUND_INF] += not head[INV_SCALE] <= LARGEST
+        total = 0.0
+        for squares_of_row in rows[:, SUMSQ].tolist():
+            total += squares_of_row
         head[GRAD_NORM] = math.nan if head[FIRST_BAD] >= 0 else math.sqrt(total) * float(head[INV_SCALE])
+        if head[FOUND_INF] == 0 and head[INV_SCALE] > 1 and not head[GRAD_NORM] <= LARGEST:
+            head[FOUND_INF] = 1.0
         places += [(head, row) for row in rows]
     for (head, row), group in zip(places, clip_groups, strict=True):
         if group >= 0:

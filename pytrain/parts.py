@@ -100,6 +100,11 @@ class Foreign:
             for row, group in zip(rows, optimizer.param_groups, strict=True):
                 coef = float(self.control[INV_SCALE] * row[CLIP_COEF])
                 self._prepare([param for param in group["params"] if param.grad is not None], coef)
+        if self.control[INV_SCALE] > 1.0:  # what the unscaling has made larger may have left fp16
+            self.measure(1.0, self.clip_value, {}, 0.0)
+            if self.control[FOUND_INF] != 0:
+                self.finish(alone=alone)
+                return
         optimizer.step()
 
     def _prepare(self, params: list[Tensor], coef: float) -> None:
@@ -113,7 +118,8 @@ class Foreign:
             if grad.layout == torch.strided and 0 in grad.stride():  # expanded: torch does not write into it
                 param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
             if grad.layout == torch.sparse_coo:
-                param.grad = grad = grad.coalesce()
+                if self.clip_value or grad.dtype == torch.float16:  # whose rows may overflow only when they are summed
+                    param.grad = grad = grad.coalesce()
                 grad = grad._values()
             values.append(grad)
         if coef != 1.0:

@@ -61,10 +61,17 @@ inline void update(Scaler& s, const Policy& policy, bool bad, double first_bad, 
 }
 
 // From pass 1 to pass 2: the control blocks of a step's optimizers get what multiplies their gradients. A scale of 0
-// (torch's has no floor) has no inverse; such a step is skipped.
+// (torch's has no floor) or near it has no inverse in fp32; such a step is skipped.
 inline void unscale(Control& control, double scale) {
   control.inv_scale /= scale;
-  if (!(std::abs(control.inv_scale) <= std::numeric_limits<double>::max())) control.found_inf += 1.0;
+  if (!(std::abs(control.inv_scale) <= static_cast<double>(std::numeric_limits<float>::max()))) {
+    control.found_inf += 1.0;
+  }
+}
+
+// A scale below 1 makes gradients larger. Where their norm leaves fp32 one of them may; such a step is skipped too.
+inline bool overflows(const Control& control) {
+  return control.inv_scale > 1.0 && !(control.grad_norm <= static_cast<double>(std::numeric_limits<float>::max()));
 }
 
 // As torch.nn.utils.clip_grad_norm_ has it.

@@ -82,6 +82,7 @@ void settle_controls(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t r = 0; r < all[i].rows; ++r) sumsq += head.rows()[r].sumsq;
     const double nan = std::numeric_limits<double>::quiet_NaN();
     head.grad_norm = head.first_bad >= 0.0 ? nan : std::sqrt(sumsq) * head.inv_scale;
+    if (head.found_inf == 0.0 && core::overflows(head)) head.found_inf = 1.0;
   }
   clip(all, clip_groups, max_norms);
 }
