@@ -33,6 +33,8 @@ LEVELS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 HOT = {
     r"update|measure|average_tile": re.compile(r"^v?mulp[sd]$"),
     r"(?:scaled_)?square|(?:un)?factored_\w+|average": re.compile(r"^v?mulp[sd]$"),
+    r"sum_squares": re.compile(r"^v?mulpd$"),
+    r"clamp_tile": re.compile(r"^v?(min|max|cmp\w*|blendv?)p[sd]$"),
     r"inverse_roots": re.compile(r"^v?sqrtp[sd]$"),
     r"sum|add_to_columns": re.compile(r"^v?addp[sd]$"),
     r"\w*codes\w*|\w+code_\w*tile\w*|random_tile": re.compile(r"^v?p(sll|srl|sra|unpck|mov[sz]x|mov[dq]w)"),

@@ -23,11 +23,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import pytrain
 from pytrain.demo.tasks import Settings, Task, loss_of
+from pytrain.optim import FusedOptimizer
 
 TORCH, PYTRAIN, EXACT = "torch fused", "pytrain", "fp64 reference"
 TURN = 10  # steps in a row before another run takes over: noise from the machine then hits all runs alike
 EARLY = 20  # steps at the start, checked on their own: rounding has hardly grown there, and a wrong formula shows
 FACTOR = 10  # times torch's own drift: room for how differently two drifts grow; a wrong formula is beyond 100 early on
+MAX_NORM = 1.0  # of the gradients, in every run
 ROUNDINGS = 16 * 2.0**-23  # of the loss: what evaluating the loss itself in fp32 may cost
 
 
@@ -35,14 +37,14 @@ ROUNDINGS = 16 * 2.0**-23  # of the loss: what evaluating the loss itself in fp3
 class Run:
     """One training run: the loss and the seconds of each step, and the held-out result.
 
-    `step_seconds` is the time from getting a batch to asking for the next, `optimizer_seconds` that of
-    optimizer.step().
+    `step_seconds` is the time from getting a batch to asking for the next, `after_seconds` that of all
+    between backward and the schedule: clipping and the update, and with pytrain the check for inf and nan.
     """
 
     who: str
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    optimizer_seconds: list[float] = field(default_factory=list)
+    after_seconds: list[float] = field(default_factory=list)
     score: float = math.nan
 
 
@@ -142,7 +144,6 @@ def compare(task: Task, *, seed: int, report: Callable[[str], None]) -> Comparis
     fused_adamw = torch.optim.AdamW(
         torch_model.parameters(), lr=hyper.lr, betas=hyper.betas, weight_decay=hyper.weight_decay, fused=True
     )
-    watch_optimizer(fused_adamw, fused)
     rivals = [
         torch_loop(task, torch_model, fused_adamw, fused),
         torch_loop(task, exact_model, adamw_in_double(exact_model, hyper), exact),
@@ -154,6 +155,7 @@ def compare(task: Task, *, seed: int, report: Callable[[str], None]) -> Comparis
             seed=seed,
             enable_progress_bar=False,
             enable_checkpointing=False,
+            gradient_clip_val=MAX_NORM,
             default_root_dir=folder,
         )
         trainer.fit(module, _Turns(task, ours, rivals, report))
@@ -170,7 +172,10 @@ def torch_loop(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, r
         model.zero_grad(set_to_none=True)
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        after = perf_counter()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=True)
         optimizer.step()
+        run.after_seconds.append(perf_counter() - after)
         schedule.step()
         run.losses.append(loss.item())
         run.step_seconds.append(perf_counter() - start)
@@ -218,7 +223,7 @@ class _Compared(pytrain.Module):
             self.model.parameters(), lr=hyper.lr, betas=hyper.betas, weight_decay=hyper.weight_decay
         )
         self.backend = optimizer.backend
-        watch_optimizer(optimizer, self.run)
+        watch_step(optimizer, self.run)
         schedule = warm_cosine(optimizer, hyper)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -248,19 +253,21 @@ class _Turns:
             self.run.step_seconds.append(perf_counter() - start)
 
 
-def watch_optimizer(optimizer: torch.optim.Optimizer, run: Run) -> None:
-    """Measure each optimizer.step() with torch's own hooks."""
+def watch_step(optimizer: FusedOptimizer, run: Run) -> None:
+    """Measure each pytrain.step: from the beginning of its pass 1 to the end of its pass 2."""
+    measure, finish = optimizer.measure, optimizer.finish
     started = 0.0
 
-    def before(*_: Any) -> None:
+    def first_pass(*args: Any) -> Tensor:
         nonlocal started
         started = perf_counter()
+        return measure(*args)
 
-    def after(*_: Any) -> None:
-        run.optimizer_seconds.append(perf_counter() - started)
+    def second_pass(**options: bool) -> None:
+        finish(**options)
+        run.after_seconds.append(perf_counter() - started)
 
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    optimizer.measure, optimizer.finish = first_pass, second_pass  # type: ignore[method-assign, assignment]
 
 
 def warm_cosine(optimizer: torch.optim.Optimizer, hyper: Settings) -> LambdaLR:

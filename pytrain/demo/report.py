@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HEADINGS = ("task", "trained with", "held out", "step, ms", "optimizer, ms", "largest loss difference")
+HEADINGS = ("task", "trained with", "held out", "step, ms", "whole post-backward, ms", "largest loss difference")
 COLOURS = {"torch fused": "#9db4d0", "pytrain": "#d9480f", "fp64 reference": "#8a8f98"}
 STYLE = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --back: #f6f8fa; --own: #d9480f; }
@@ -60,8 +60,9 @@ with <b>torch fused</b> (<code>torch.optim.AdamW(fused=True)</code> in a plain l
 on fp64 copies of the weights), which is the yardstick: training amplifies rounding, so that two correct optimizers
 drift apart, and how far torch drifts from fp64 tells how far pytrain may be from torch. The runs take turns of ten
 steps, so that whatever else the machine does disturbs all of them alike.
-<b>Step</b> is everything from getting a batch to asking for the next one, <b>optimizer</b> the part of it spent in
-<code>optimizer.step()</code>; both are medians over the run. Differences are against torch fused.
+All clip the gradients to a norm of 1. <b>Step</b> is everything from getting a batch to asking for the next one,
+<b>whole post-backward</b> the part of it between backward and the schedule: clipping and the update, and with pytrain
+the check for inf and nan; both are medians over the run. Differences are against torch fused.
 """
 
 
@@ -81,7 +82,7 @@ def rows(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
             run.who,
             f"{run.score:.2f} {one.task.unit}",
             "" if run is one.exact else f"{middle(run.step_seconds):.2f}",
-            "" if run is one.exact else f"{middle(run.optimizer_seconds):.3f}",
+            "" if run is one.exact else f"{middle(run.after_seconds):.3f}",
             "" if run is one.torch else f"{largest(one.differences(run)):.1e}",
         )
         for one in comparisons
@@ -219,7 +220,7 @@ def _figure(one: Comparison) -> Figure:
     _plot_losses(figure.add_subplot(grid[0, :]), one)
     _plot_differences(figure.add_subplot(grid[1, :2]), one)
     _plot_times(figure.add_subplot(grid[1, 2]), one, [run.step_seconds for run in one.timed], "training step")
-    _plot_times(figure.add_subplot(grid[1, 3]), one, [run.optimizer_seconds for run in one.timed], "optimizer step")
+    _plot_times(figure.add_subplot(grid[1, 3]), one, [run.after_seconds for run in one.timed], "whole post-backward")
     return figure
 
 
