@@ -14,6 +14,7 @@ import bench_formats
 import bench_optim
 import bench_release
 import bench_rules
+import bench_step
 import loss_parity
 from common import interleaved, markdown, nothing
 from contestants import Case, Contestant, gpt2, resnet50
@@ -182,3 +183,20 @@ def test_the_final_loss_is_the_mean_of_the_last_steps() -> None:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
+
+
+def test_step_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert bench_step.main(["--quick", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["what"], row["case"]) for row in rows] == [
+        (what, case.name) for what in (bench_step.WHOLE, bench_step.CLIP) for case in bench_step.QUICK
+    ]
+    assert "torch / pytrain" in capsys.readouterr().out
+
+
+def test_step_refuses_results_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "MAX_NORM", 1e-9)
+    monkeypatch.setattr(bench_step.Ours, "run", lambda self: self.optimizer.step())
+    with pytest.raises(AssertionError, match="results differ"):
+        bench_step.check(bench_step.QUICK[1], whole=False)

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, from an empty folder."""
+"""Every Python block of the README and of the page on the step runs as it stands, from an empty folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "step.md"]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+]
 
 
 def test_the_readme_has_examples() -> None:
