@@ -78,6 +78,7 @@ def test_a_short_run_writes_a_report_that_fetches_nothing(
     page.feed(out.read_text())
     assert page.images >= 1 and not page.fetched and "http" not in out.read_text().replace("http-equiv", "")
     printed = capsys.readouterr().out
+    assert "digits, fp16: 150 steps in fp16 with a loss scale" in printed
     assert "digits" in printed and "pytrain" in printed and "FAIL" not in printed
 
 

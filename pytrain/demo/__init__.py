@@ -76,9 +76,10 @@ def _run(args: argparse.Namespace, *, options: str) -> int:
             except ImportError as error:
                 raise missing_extra(package, error) from error
     from pytrain.demo.compare import compare
+    from pytrain.demo.mixed import train_mixed
     from pytrain.demo.models import CharGPT, write
     from pytrain.demo.report import Sample, print_table, write_report
-    from pytrain.demo.tasks import FASHION_MISSING, make_task
+    from pytrain.demo.tasks import FASHION_MISSING, QUICK, make_task
 
     tasks, left_out = [], []
     for name in args.tasks:
@@ -100,6 +101,10 @@ def _run(args: argparse.Namespace, *, options: str) -> int:
             samples.append(Sample(task.name, write(model, PROMPT, length=200 if args.quick else 500, seed=args.seed)))
     print_table(comparisons)
     verdicts = [(one.task.name, verdict) for one in comparisons for verdict in one.verdicts()]
+    for task in tasks:
+        if task.name == "digits":
+            goal = QUICK["digits"].goal
+            verdicts += [("digits, fp16", verdict) for verdict in train_mixed(task, goal=goal, seed=args.seed)]
     for name, verdict in verdicts:
         print(f"{'ok  ' if verdict.passed else 'FAIL'}  {name}: {verdict.text}")
     try:
