@@ -29,7 +29,7 @@ from pytrain.parts import blank_control
 
 Outputs = TypeVar("Outputs", bound="Tensor | Iterable[Any]")
 
-# Initial scale and policy. The same pattern of overflows gives each its own trace; see docs/amp.md.
+# Initial scale and policy. The same pattern of overflows gives each its own trace; see docs/step.md.
 POLICIES: dict[str, tuple[float, Policy]] = {
     "torch": (2.0**16, Policy(2.0, 0.5, 2000, 1, 0.0, math.inf, refills=False, first_is_free=False)),
     "apex": (2.0**16, Policy(2.0, 0.5, 2000, 1, 0.0, 2.0**24, refills=True, first_is_free=False)),

@@ -59,13 +59,13 @@ def read_clip(
     for i, optimizer in enumerate(optimizers):
         owners += [i] * len(getattr(optimizer, "param_groups", ()))  # what is no optimizer is named later
     if max_norm is None:
-        return Clip([-1] * len(owners), [], clip_value or 0.0)
+        return Clip([-1] * len(owners), [], float(clip_value or 0.0))
     _check_positive("max_norm", max_norm)
     if clip_per == "optimizer":
-        return Clip(owners, [max_norm] * (owners[-1] + 1 if owners else 0))
+        return Clip(owners, [float(max_norm)] * (owners[-1] + 1 if owners else 0))
     if clip_per == "all":
-        return Clip([0] * len(owners), [max_norm])
-    return Clip(list(range(len(owners))), [max_norm] * len(owners))
+        return Clip([0] * len(owners), [float(max_norm)])
+    return Clip(list(range(len(owners))), [float(max_norm)] * len(owners))
 
 
 def _custom(optimizers: Sequence[Optimizer], wanted: Sequence[ClipGroup]) -> Clip:
@@ -83,7 +83,7 @@ def _custom(optimizers: Sequence[Optimizer], wanted: Sequence[ClipGroup]) -> Cli
             if place >= 0:
                 raise ValueError(f"max_norm[{i}].groups[{k}] is in max_norm[{place}].groups too")
             places[id(group)] = i
-    return Clip(list(places.values()), [clip_group.max_norm for clip_group in wanted])
+    return Clip(list(places.values()), [float(clip_group.max_norm) for clip_group in wanted])
 
 
 def _check_positive(name: str, value: Any, *, finite: bool = False) -> None:

@@ -141,6 +141,7 @@ class Released:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
+        self.control = blank_control(len(optimizer.param_groups))
 
     def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
         """No pass 1; the norm is unknown.
@@ -153,13 +154,13 @@ class Released:
                 "step_in_backward=True: the gradients were stepped and freed in backward; grad_divisor and clip_value "
                 "came too late: leave one of the two out"
             )
-        control = blank_control(len(self.optimizer.param_groups))
-        control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ] = math.nan
-        return control
+        self.control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ] = math.nan
+        return self.control
 
     def finish(self, *, alone: bool) -> None:
         """Close the step."""
         self.optimizer.step()
+        self.control[FOUND_INF] = float(self.optimizer.step_was_skipped)
 
     def abandon(self) -> None:
         """Nothing was begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import (
@@ -99,6 +100,13 @@ def test_low_precision_takes_the_same_two_passes(dtype: torch.dtype, options: di
         assert same_bits(everything(a), everything(b))
     if options.get("zero_grad_in_step"):
         assert all(p.grad is not None and not p.grad.any() for p in params + twins)
+
+
+def test_limits_may_be_numpys_numbers() -> None:
+    p = Parameter(torch.zeros(2))
+    for limits in ({"max_norm": np.float32(2.5)}, {"clip_value": np.float64(2.5)}, {"max_norm": 2}):
+        p.grad = torch.tensor([3.0, 4.0])
+        assert pytrain.step(SGD([p], lr=1.0), **limits).grad_norm == 5.0  # type: ignore[arg-type]
 
 
 def test_the_divisor_divides_before_the_norm_is_taken() -> None:

@@ -77,6 +77,16 @@ def test_a_step_left_open_by_hand_is_an_error() -> None:
     assert pytrain.step(b, scaler).applied
 
 
+def test_a_skip_of_an_optimizer_that_steps_in_backward_is_told_and_not_averaged() -> None:
+    model = torch.nn.Linear(80, 80)
+    optimizer = AdamW(model.parameters(), state_dtype="8bit", step_in_backward=True)
+    average = pytrain.ema.EMA(model)
+    for bad, applied in ((1.0, True), (NAN, False), (1.0, True)):
+        (model(torch.ones(1, 80)).sum() * bad).backward()
+        assert pytrain.step(optimizer, ema=average).applied == applied
+    assert average.steps == 2
+
+
 def test_gan_with_growth_and_overflow_at_every_step() -> None:
     """Whatever the scale does, each optimizer uses the true gradient: 2 and 3."""
     for bad_at in range(6):
