@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_a_short_run_writes_a_report_that_fetches_nothing(
     assert demo.main(["--quick", "--tasks", "digits", "--out", str(out)]) == 0
     page = Page()
     page.feed(out.read_text())
-    assert page.images >= 1 and not page.fetched and "http" not in out.read_text().replace("http-equiv", "")
+    text = re.sub(r"base64,[A-Za-z0-9+/=]*", "", out.read_text())  # where any four letters come up by chance
+    assert page.images >= 1 and not page.fetched and "http" not in text.replace("http-equiv", "")
     printed = capsys.readouterr().out
     assert "digits, fp16: 150 steps in fp16 with a loss scale" in printed
     assert "digits" in printed and "pytrain" in printed and "FAIL" not in printed
