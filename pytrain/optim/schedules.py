@@ -54,6 +54,8 @@ class WarmupCosine(Schedule):
     (arXiv:1706.02677).
     """
 
+    decay: Decay = "cosine"
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -71,7 +73,7 @@ class WarmupCosine(Schedule):
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         gone = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
-        return self.min_factor + (1 - self.min_factor) * shape("cosine", gone)
+        return self.min_factor + (1 - self.min_factor) * shape(self.decay, gone)
 
 
 class WarmupLinear(WarmupCosine):
@@ -86,11 +88,7 @@ class WarmupLinear(WarmupCosine):
     Source: Devlin et al. 2019, BERT, appendix A.2 (arXiv:1810.04805).
     """
 
-    def factor(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        gone = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
-        return self.min_factor + (1 - self.min_factor) * shape("linear", gone)
+    decay = "linear"
 
 
 class WarmupStableDecay(Schedule):
