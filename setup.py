@@ -27,6 +27,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
     "csrc/ops/tensor.cpp",
+    "csrc/ops/device.cpp",
     "csrc/ops/table.cpp",
     "csrc/ops/optim.cpp",
     "csrc/ops/adafactor.cpp",

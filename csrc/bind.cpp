@@ -165,7 +165,8 @@ class Reader {
       PyErr_Clear();
       return v;
     }
-    if (d.device.device_type != kDLCPU || d.dtype.lanes != 1 || (d.ndim > 0 && !d.strides)) return v;
+    const bool cpu = d.device.device_type == kDLCPU;
+    if ((!cpu && d.device.device_type != kDLCUDA) || d.dtype.lanes != 1 || (d.ndim > 0 && !d.strides)) return v;
     if (d.dtype.code == kDLFloat) {
       v.format = d.dtype.bits == 32   ? Format::fp32
                  : d.dtype.bits == 64 ? Format::fp64
@@ -174,6 +175,7 @@ class Reader {
     } else if (d.dtype.code == kDLBfloat && d.dtype.bits == 16) {
       v.format = Format::bf16;
     }
+    v.device = cpu ? pytrain::core::cpu_device : d.device.device_id;
     v.data = static_cast<char*>(d.data) + d.byte_offset;
     v.dim = d.ndim;
     v.sizes = d.shape;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "native", "torch")
+CHOICES = ("auto", "native", "torch", "simt")  # simt, for tests: the CUDA kernels, compiled for the CPU
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ASKED_FOR = ("PYTRAIN_BACKEND=torch", "fused=False")  # reasons that need no warning
 _FOLDER = Path(__file__).parent
@@ -47,6 +48,43 @@ def _load() -> tuple[ModuleType | None, str]:
     return facts, ""
 
 
+def _load_launches(name: str) -> str:
+    """Load a library of kernels that are launched ("cuda" or "simt"); say why not, or nothing."""
+    library = _FOLDER / f"_kernels_{name}.so"
+    if not library.exists():
+        return f"{library.name} was not built"
+    try:
+        address = ctypes.CDLL(str(library)).pytrain_backend
+        address.restype = ctypes.c_void_p
+        torch.ops.pytrain._backend(address(), name == "simt")
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"{library.name} does not load: {error}"
+    return ""
+
+
+def _load_cuda() -> str:
+    """Why there are no kernels for CUDA devices, or nothing."""
+    if facts is None:
+        return why_not_loaded
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return _load_launches("cuda")
+
+
+def _load_simt() -> bool:
+    """Where PYTRAIN_BACKEND=simt asks for it, let the CUDA kernels' source step what is on the CPU.
+
+    Raises:
+        BackendError: their library is missing; `python tests/simt/build.py` makes it.
+    """
+    if facts is None or os.environ.get("PYTRAIN_BACKEND") != "simt":
+        return False
+    why = _load_launches("simt")
+    if why:
+        raise BackendError(f"PYTRAIN_BACKEND=simt: {why}; python tests/simt/build.py makes it")
+    return True
+
+
 def _fake(*tensors: object) -> None:
     """Tell torch's tracers that the ops return nothing and change no shapes."""
 
@@ -64,10 +102,27 @@ def _make_reader() -> Any:
 
 facts, why_not_loaded = _load()
 reader = _make_reader()
+why_no_cuda = _load_cuda()
+simulated = _load_simt()
+
+
+def launches(device: torch.device) -> bool:
+    """Whether steps on this device are queued launches, so that counts and control blocks lie there."""
+    return simulated if device.type == "cpu" else device.type == "cuda" and not why_no_cuda
+
+
+def is_remote(device: torch.device) -> bool:
+    """Whether the host learns what a step has found only by waiting for this device."""
+    return launches(device) and (device.type != "cpu" or os.environ.get("PYTRAIN_SIMT_REMOTE") == "1")
+
+
+def home_of_numbers(param: Tensor) -> torch.device:
+    """Where a parameter's step count and scalars are kept: beside it where its kernels count, else on the CPU."""
+    return param.device if launches(param.device) else torch.device("cpu")
 
 
 def wanted() -> str:
-    """What PYTRAIN_BACKEND asks for: "auto" (the default), "native" or "torch".
+    """What PYTRAIN_BACKEND asks for: "auto" (the default), "native" or "torch"; "simt" in pytrain's own tests.
 
     Raises:
         ValueError: it is set to something else.
@@ -108,17 +163,25 @@ def select(param: Tensor, *, fused: bool | None = None, unfit: str = "") -> Choi
         return Choice("torch", ASKED_FOR[1])
     reason = why_not_loaded or _unsupported(param) or unfit
     if not reason:
-        return Choice("native", f"CPU kernels, {isa()}")
+        return Choice("native", _described(param.device))
     if demand:
         raise BackendError(f"{demand}, but {reason}; use PYTRAIN_BACKEND=auto and leave fused unset for the torch path")
     return Choice("torch", reason)
+
+
+def _described(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "CUDA kernels"
+    return "CUDA kernels on the CPU" if simulated else f"CPU kernels, {isa()}"
 
 
 def _unsupported(param: Tensor) -> str:
     """Why the kernels cannot take this parameter, or nothing."""
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"{type(param).__name__} is a tensor subclass with operators of its own"
-    if param.device.type != "cpu":
+    if param.device.type == "cuda" and why_no_cuda:
+        return f"there are no kernels for device {param.device}: {why_no_cuda}"
+    if param.device.type not in ("cpu", "cuda"):
         return f"there are no kernels for device {param.device}"
     if param.layout != torch.strided:
         return f"there are no kernels for layout {param.layout}"

@@ -19,6 +19,8 @@ from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, 
 SCALE, GROWTH_TRACKER, HYSTERESIS_LEFT, SKIPPED_IN_A_ROW, BAD_PARAM, BAD_OPTIMIZER, SCALER_SIZE = range(7)
 
 LARGEST = torch.finfo(torch.float32).max
+ONE = torch.ones((), dtype=torch.float32, device="cpu")  # the scale of a loss that nothing has scaled
+_ones: dict[torch.device, Tensor] = {}
 
 
 class Policy(NamedTuple):
@@ -45,10 +47,34 @@ def settle(
         clip_groups: for each param group of all optimizers, which of `max_norms` limits the common norm of all with
             the same number; -1 for none.
     """
-    if backend.facts is not None and scale.device.type == "cpu":
-        torch.ops.pytrain._control.default(controls, scale, scaled, clip_groups, max_norms)
-    else:
-        settle_in_python(controls, scale, scaled, clip_groups, max_norms)
+    if backend.facts is None:
+        return settle_in_python(controls, scale, scaled, clip_groups, max_norms)
+    op = torch.ops.pytrain._control.default
+    device = _common_device(controls)
+    if device is not None:
+        return op(controls, _on(scale, device), scaled, clip_groups, max_norms)
+    here = [control.cpu() for control in controls]
+    op(here, scale.cpu(), scaled, clip_groups, max_norms)
+    for control, settled in zip(controls, here, strict=True):
+        control.copy_(settled)
+
+
+def _common_device(tensors: Sequence[Tensor]) -> torch.device | None:
+    """The device of all, if it is one that has kernels."""
+    device = tensors[0].device
+    common = all(tensor.device == device for tensor in tensors)
+    return device if common and (device.type == "cpu" or backend.launches(device)) else None
+
+
+def _on(scale: Tensor, device: torch.device) -> Tensor:
+    """The scale on the control blocks' device, without a wait; that of no scaler is made there once."""
+    if scale.device == device:
+        return scale
+    if scale is not ONE:
+        return scale.to(device, non_blocking=True)
+    if device not in _ones:
+        _ones[device] = torch.ones((), dtype=torch.float32, device=device)
+    return _ones[device]
 
 
 def settle_in_python(
@@ -85,11 +111,16 @@ def settle_in_python(
 
 def update_scaler(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> None:
     """Move the loss scale after a step by what its optimizers' control blocks found."""
-    if backend.facts is not None and state.device.type == "cpu":
-        torch.ops.pytrain._scaler_update.default(state, controls, policy)
-        torch.autograd.graph.increment_version(state)
+    if backend.facts is None:
+        return update_scaler_in_python(state, controls, policy)
+    op = torch.ops.pytrain._scaler_update.default
+    if _common_device([state, *controls]) is not None:
+        op(state, controls, policy)
     else:
-        update_scaler_in_python(state, controls, policy)
+        here = state.cpu()
+        op(here, [control.cpu() for control in controls], policy)
+        state.copy_(here)
+    torch.autograd.graph.increment_version(state)
 
 
 def update_scaler_in_python(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> None:

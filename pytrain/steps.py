@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from pytrain.amp import LossScaler, Stage
 from pytrain.clip import Clip, ClipGroup, ClipPer, read_clip
-from pytrain.control import settle
+from pytrain.control import ONE, settle
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
 from pytrain.parts import Part, Released, part_of
 
@@ -32,7 +32,6 @@ try:  # what torch.compile has set to look at frames: None outside of compiled c
 except ImportError:  # a torch that has it elsewhere: always take the way that is right, and a few calls longer
     dynamo_callback = object  # type: ignore[assignment]
 
-ONE = torch.ones((), dtype=torch.float32, device="cpu")
 NO_AVERAGES: dict[int, Tensor] = {}
 NO_STAGES: list[Stage] = []
 

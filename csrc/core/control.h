@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define PT_ANYWHERE __host__ __device__
+#else
+#define PT_ANYWHERE
+#endif
+
 namespace pytrain::core {
 
 constexpr int max_hypers = 14;
@@ -23,8 +29,8 @@ struct Control {
   double clip_value;           // unscaled gradients are clamped to [-clip_value, clip_value]; 0 leaves them
   double grad_norm;            // of all unscaled gradients of the optimizer
   double first_bad;            // the number of the first parameter with an inf or nan gradient; -1 without one
-  GroupRow* rows() { return reinterpret_cast<GroupRow*>(this + 1); }
-  const GroupRow* rows() const { return reinterpret_cast<const GroupRow*>(this + 1); }
+  PT_ANYWHERE GroupRow* rows() { return reinterpret_cast<GroupRow*>(this + 1); }
+  PT_ANYWHERE const GroupRow* rows() const { return reinterpret_cast<const GroupRow*>(this + 1); }
 };
 
 constexpr int64_t control_head = sizeof(Control) / sizeof(double);

@@ -7,6 +7,8 @@
 
 namespace pytrain::core {
 
+constexpr int64_t cpu_device = -1;  // others are the numbers of CUDA devices
+
 // Borrowed: sizes and strides belong to the tensor.
 struct View {
   void* data = nullptr;
@@ -14,8 +16,9 @@ struct View {
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
   Format format = Format::none;
+  int64_t device = cpu_device;
   bool contiguous = false;
-  bool usable = false;  // strided and on the CPU; nothing else is filled in where it is not
+  bool usable = false;  // strided, on the CPU or a CUDA device; nothing else is filled in where it is not
 };
 
 // A parameter and its gradient as a step meets them.

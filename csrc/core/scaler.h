@@ -32,7 +32,7 @@ struct Policy {
 constexpr int64_t policy_size = sizeof(Policy) / sizeof(double);
 
 // The one update of a step. bad: whether any of its optimizers met an inf or nan.
-inline void update(Scaler& s, const Policy& policy, bool bad, double first_bad, double bad_optimizer) {
+PT_ANYWHERE inline void update(Scaler& s, const Policy& policy, bool bad, double first_bad, double bad_optimizer) {
   if (bad) {
     if (s.skipped_in_a_row == 0.0f) {
       s.first_bad = static_cast<float>(first_bad);
@@ -62,7 +62,7 @@ inline void update(Scaler& s, const Policy& policy, bool bad, double first_bad, 
 
 // From pass 1 to pass 2: the control blocks of a step's optimizers get what multiplies their gradients. A scale of 0
 // (torch's has no floor) or near it has no inverse in fp32; such a step is skipped.
-inline void unscale(Control& control, double scale) {
+PT_ANYWHERE inline void unscale(Control& control, double scale) {
   control.inv_scale /= scale;
   if (!(std::abs(control.inv_scale) <= static_cast<double>(std::numeric_limits<float>::max()))) {
     control.found_inf += 1.0;
@@ -70,14 +70,74 @@ inline void unscale(Control& control, double scale) {
 }
 
 // A scale below 1 makes gradients larger. Where their norm leaves fp32 one of them may; such a step is skipped too.
-inline bool overflows(const Control& control) {
+PT_ANYWHERE inline bool overflows(const Control& control) {
   return control.inv_scale > 1.0 && !(control.grad_norm <= static_cast<double>(std::numeric_limits<float>::max()));
 }
 
 // As torch.nn.utils.clip_grad_norm_ has it.
-inline double clip_coef(double norm, double max_norm) {
+PT_ANYWHERE inline double clip_coef(double norm, double max_norm) {
   const double coef = max_norm / (norm + 1e-6);
   return coef < 1.0 ? coef : 1.0;
+}
+
+// What follows from pass 1, for all control blocks of a step; each line of them belongs to a row there.
+struct Settling {
+  int64_t n_controls, n_groups;
+  const int64_t* controls;     // addresses of the control blocks
+  const int64_t* rows;         // of each, how many
+  const int64_t* scaled;       // of each, whether the loss scale has multiplied its gradients
+  const int64_t* clip_groups;  // of each row of all blocks, which of max_norms limits the norm of all rows of the same
+                               // number; -1 for none
+  const double* max_norms;
+  double* room;                // two a clip group
+};
+
+PT_ANYWHERE inline Control& control_at(const Settling& s, int64_t i) {
+  return *reinterpret_cast<Control*>(static_cast<std::uintptr_t>(s.controls[i]));
+}
+
+// Norms, what unscales, and every row's clip coefficient from the norm of its clip group. Where a gradient of the group
+// is bad there is no norm, and all optimizers that take part in it skip the step.
+PT_ANYWHERE inline void settle(const Settling& s, double scale) {
+  double* const sumsq = s.room;
+  double* const bad = s.room + s.n_groups;
+  for (int64_t g = 0; g < 2 * s.n_groups; ++g) s.room[g] = 0.0;
+  int64_t at = 0;
+  for (int64_t i = 0; i < s.n_controls; ++i) {
+    Control& head = control_at(s, i);
+    if (s.scaled[i]) unscale(head, scale);
+    double total = 0.0;
+    for (int64_t r = 0; r < s.rows[i]; ++r) total += head.rows()[r].sumsq;
+    head.grad_norm = head.first_bad >= 0.0 ? std::numeric_limits<double>::quiet_NaN() : std::sqrt(total) * head.inv_scale;
+    if (head.found_inf == 0.0 && overflows(head)) head.found_inf = 1.0;
+    for (int64_t r = 0; r < s.rows[i]; ++r, ++at) {
+      const int64_t group = s.clip_groups[at];
+      if (group < 0) continue;
+      sumsq[group] += head.rows()[r].sumsq * head.inv_scale * head.inv_scale;
+      bad[group] += head.found_inf;
+    }
+  }
+  at = 0;
+  for (int64_t i = 0; i < s.n_controls; ++i) {
+    Control& head = control_at(s, i);
+    for (int64_t r = 0; r < s.rows[i]; ++r, ++at) {
+      const int64_t group = s.clip_groups[at];
+      head.rows()[r].clip_coef = group < 0 ? 1.0 : clip_coef(std::sqrt(sumsq[group]), s.max_norms[group]);
+      if (group >= 0 && bad[group] != 0.0 && head.found_inf == 0.0) head.found_inf = bad[group];
+    }
+  }
+}
+
+// What the control blocks of a step's optimizers mean for the scale.
+PT_ANYWHERE inline void update(Scaler& s, const Policy& policy, const int64_t* controls, int64_t n_controls) {
+  double first_bad = -1.0, bad_optimizer = -1.0;
+  for (int64_t i = n_controls; i-- > 0;) {
+    const Control& head = *reinterpret_cast<const Control*>(static_cast<std::uintptr_t>(controls[i]));
+    if (head.found_inf == 0.0) continue;
+    bad_optimizer = static_cast<double>(i);
+    first_bad = head.first_bad;
+  }
+  update(s, policy, bad_optimizer >= 0.0, first_bad, bad_optimizer);
 }
 
 }  // namespace pytrain::core

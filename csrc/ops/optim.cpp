@@ -82,10 +82,15 @@ void step_once(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(static_cast<int64_t>(kept.groups.size()) == params.size(), rule.name, "_: groups has ",
                   kept.groups.size(), " entries, params has ", params.size());
   core::Storage storage;
-  if (params.size()) storage.param = view(params[0], false).format;
+  int64_t device = cpu_device;
+  if (params.size()) {
+    const View first = view(params[0], false);
+    storage.param = first.format;
+    device = first.device;
+  }
   for (Format& format : storage.states) format = storage.param;
-  Table table(R, rule, storage, std::move(kept));
-  table.step(params, grads, {}, control_view(control.get(), rule.name), Table::Mode::write, true);
+  Table table(R, rule, storage, device, std::move(kept));
+  table.step(params, grads, {}, {control_view(control.get(), rule.name), {}}, Table::Mode::write, true);
 }
 
 // Tables live here under a number, because the stable ABI has no objects of ours. Never destroyed: at the process's
@@ -101,10 +106,10 @@ Tables& tables() {
 }
 
 // The storage from the ints that pytrain.optim.plan writes: formats of the parameter and the states as core::Format
-// numbers them, core::Keep, then ema (0 none, 1 by the step count, 2 with a given weight), zero_grad, stochastic
-// and the seed.
+// numbers them, core::Keep, then ema (0 none, 1 by the step count, 2 with a given weight), zero_grad, stochastic,
+// the seed, and the device: -1 the CPU, from 0 on CUDA's number.
 core::Storage storage_from(const std::vector<int64_t>& words) {
-  constexpr size_t expected = 1 + core::max_states + 5;
+  constexpr size_t expected = 1 + core::max_states + 6;
   STD_TORCH_CHECK(words.size() == expected, "_table: storage has ", words.size(), " entries, expected ", expected);
   core::Storage storage;
   const auto format = [&](size_t i) {
@@ -122,7 +127,8 @@ core::Storage storage_from(const std::vector<int64_t>& words) {
   storage.ema = words[at++] != 0;
   storage.zero_grad = words[at++] != 0;
   storage.stochastic = words[at++] != 0;
-  storage.seed = static_cast<uint64_t>(words[at]);
+  storage.seed = static_cast<uint64_t>(words[at++]);
+  STD_TORCH_CHECK(words[at] >= cpu_device, "_table: storage[", at, "] is ", words[at], ", not a device");
   return storage;
 }
 
@@ -136,11 +142,13 @@ void make_table(StableIValue* stack, uint64_t, uint64_t) {
   for (std::vector<Handle>* const list : lists) *list = handles(TensorList(stack[at++]));
   kept.groups = to<std::vector<int64_t>>(stack[at++]);
   kept.indices = to<std::vector<int64_t>>(stack[at++]);
-  const core::Storage storage = storage_from(to<std::vector<int64_t>>(stack[at++]));
+  const auto words = to<std::vector<int64_t>>(stack[at++]);
+  const core::Storage storage = storage_from(words);
   const auto& rules = all_rules();
   const auto rule = std::find_if(rules.begin(), rules.end(), [&](const RuleInfo& r) { return name == r.name; });
   STD_TORCH_CHECK(rule != rules.end(), "_table: there is no rule '", name, "'");
-  auto table = std::make_shared<Table>(static_cast<int>(rule - rules.begin()), *rule, storage, std::move(kept));
+  auto table = std::make_shared<Table>(static_cast<int>(rule - rules.begin()), *rule, storage, words.back(),
+                                       std::move(kept));
   const std::lock_guard<std::mutex> lock(tables().lock);
   tables().by_id.emplace(tables().next, std::move(table));
   stack[0] = from(tables().next++);
@@ -170,32 +178,47 @@ Table::Mode mode_from(int64_t number) {
   return static_cast<Table::Mode>(number);
 }
 
-// _table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor control, int mode, bool strict)
-//   -> int
+// The control block, and the host's copy of what was written to it: `given`, which may be the same tensor. `fresh`: the
+// device's own does not know of this step yet.
+Controls controls_from(const Handle& block, const Handle& given, bool fresh, const char* op) {
+  Controls controls{control_view(block.get(), op), {}};
+  if (controls.block.device == cpu_device && !simulates()) return controls;
+  const View host = control_view(given.get(), op);
+  STD_TORCH_CHECK(host.device == cpu_device && host.numel == controls.block.numel, op,
+                  "_: given must be a control block of the same size on the CPU");
+  controls.given = {static_cast<const double*>(host.data), (host.numel - core::control_head) / core::control_row, fresh};
+  return controls;
+}
+
+// _table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, Tensor given,
+//             bool fresh, int mode, bool strict) -> int
 // mode: 0 looks whether the tensors fit, 1 takes the gradients' statistics into control, 2 steps, 3 steps what
 // the call before, with mode 1, has looked at.
 void step_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[1]), grads(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
-  const Handle control(to<AtenTensorHandle>(stack[4]));
-  const Table::Mode mode = mode_from(to<int64_t>(stack[5]));
-  const bool strict = to<bool>(stack[6]);
-  const View block = control_view(control.get(), "_table_step");
+  const Handle control(to<AtenTensorHandle>(stack[4])), given(to<AtenTensorHandle>(stack[5]));
+  const Controls block = controls_from(control, given, to<bool>(stack[6]), "_table_step");
+  const Table::Mode mode = mode_from(to<int64_t>(stack[7]));
+  const bool strict = to<bool>(stack[8]);
   stack[0] = from(find_table(to<int64_t>(stack[0]))->step(params, grads, rows, block, mode, strict));
 }
 
-// _table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor control, int mode) -> int
+// _table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, Tensor given, bool fresh, int mode)
+//   -> int
 // pairs: the memory of n Pairs, as int64, that the caller has just filled in and whose tensors it keeps alive.
 void step_table_pairs(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle pairs(to<AtenTensorHandle>(stack[1])), control(to<AtenTensorHandle>(stack[4]));
+  const Handle pairs(to<AtenTensorHandle>(stack[1])), control(to<AtenTensorHandle>(stack[4])),
+      given(to<AtenTensorHandle>(stack[5]));
   const int64_t n = to<int64_t>(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
-  const View memory = view(pairs.get(), false), block = control_view(control.get(), "_table_step_pairs");
+  const View memory = view(pairs.get(), false);
+  const Controls block = controls_from(control, given, to<bool>(stack[6]), "_table_step_pairs");
   constexpr int64_t words = sizeof(Pair) / sizeof(int64_t);
   STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel >= n * words,
                   "_table_step_pairs: pairs has ", memory.numel, " elements, too few for n = ", n);
   const auto table = find_table(to<int64_t>(stack[0]));
-  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, mode_from(to<int64_t>(stack[5]))));
+  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, mode_from(to<int64_t>(stack[7]))));
 }
 
 // _isa(str level) -> str: the level in use, after changing it to `level` if that is not empty.
@@ -220,13 +243,19 @@ STABLE_TORCH_LIBRARY(pytrain, m) {
       "Tensor[] steps, int[] groups, int[] indices, int[] storage) -> int");
   m.def("_table_free(int table) -> ()");
   m.def(
-      "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, int mode, "
-      "bool strict) -> int");
-  m.def("_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, int mode) -> int");
+      "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, "
+      "Tensor given, bool fresh, int mode, bool strict) -> int");
+  m.def(
+      "_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, Tensor given, bool fresh, "
+      "int mode) -> int");
   m.def("_isa(str level) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pytrain, CPU, m) {
+  pytrain::ops::register_rules(m, std::make_integer_sequence<int, pytrain::ops::n_rules>{});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pytrain, CUDA, m) {
   pytrain::ops::register_rules(m, std::make_integer_sequence<int, pytrain::ops::n_rules>{});
 }
 

@@ -1,8 +1,7 @@
 // The ops between pass 1 and pass 2 of a step, and after it: the control blocks' clip coefficients, the loss scale, and
 // weight averages outside an optimizer's own loop.
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <cstring>
 #include <vector>
 
 #include "core/scaler.h"
@@ -22,35 +21,45 @@ struct Block {
   int64_t rows;
 };
 
-std::vector<Block> blocks(const TensorList& controls, const char* op) {
-  std::vector<Block> found;
+// The control blocks of a step, all on one device.
+struct Blocks {
+  std::vector<Block> all;
+  int64_t device = cpu_device;
+  int64_t rows = 0;
+};
+
+Blocks blocks(const TensorList& controls, const char* op) {
+  Blocks found;
   for (int64_t i = 0; i < controls.size(); ++i) {
     const View v = control_view(controls[i], op);
-    found.push_back({static_cast<core::Control*>(v.data), (v.numel - core::control_head) / core::control_row});
+    if (i == 0) found.device = v.device;
+    STD_TORCH_CHECK(v.device == found.device, op, ": controls[", i, "] is on another device than controls[0]");
+    found.all.push_back({static_cast<core::Control*>(v.data), (v.numel - core::control_head) / core::control_row});
+    found.rows += found.all.back().rows;
   }
   return found;
 }
 
-// Every row's clip coefficient from the norm of its clip group. Where a gradient of the group is bad there is no norm,
-// and all optimizers that take part in it skip the step.
-void clip(const std::vector<Block>& all, const std::vector<int64_t>& clip_groups,
-          const std::vector<double>& max_norms) {
-  std::vector<double> sumsq(max_norms.size()), bad(max_norms.size());
-  const auto each_row = [&](auto visit) {
-    size_t at = 0;
-    for (const Block& block : all) {
-      for (int64_t r = 0; r < block.rows; ++r, ++at) visit(*block.head, block.head->rows()[r], clip_groups[at]);
-    }
-  };
-  each_row([&](core::Control& head, core::GroupRow& row, int64_t group) {
-    if (group < 0) return;
-    sumsq[group] += row.sumsq * head.inv_scale * head.inv_scale;
-    bad[group] += head.found_inf;
-  });
-  each_row([&](core::Control& head, core::GroupRow& row, int64_t group) {
-    row.clip_coef = group < 0 ? 1.0 : core::clip_coef(std::sqrt(sumsq[group]), max_norms[group]);
-    if (group >= 0 && bad[group] != 0.0 && head.found_inf == 0.0) head.found_inf = bad[group];
-  });
+int64_t word(const void* address) { return static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(address)); }
+
+int64_t word(double value) {
+  int64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Hands words to a launch: by value, or in device memory that `room` then owns.
+void hand_over(Queue& queue, const std::vector<int64_t>& words, cuda::Words& to, Handle& room) {
+  to = {};
+  to.n = static_cast<int64_t>(words.size());
+  if (to.n <= cuda::Words::few) {
+    std::copy(words.begin(), words.end(), to.here);
+    return;
+  }
+  room = queue.room(to.n);
+  void* const memory = Queue::memory(room);
+  queue.upload(words.data(), to.n, memory);
+  to.many = static_cast<const int64_t*>(memory);
 }
 
 // _control(Tensor(a!)[] controls, Tensor scale, int[] scaled, int[] clip_groups, float[] max_norms) -> ()
@@ -61,30 +70,47 @@ void settle_controls(StableIValue* stack, uint64_t, uint64_t) {
   const Handle scale(to<AtenTensorHandle>(stack[1]));
   const auto scaled = to<std::vector<int64_t>>(stack[2]), clip_groups = to<std::vector<int64_t>>(stack[3]);
   const auto max_norms = to<std::vector<double>>(stack[4]);
-  const std::vector<Block> all = blocks(controls, "_control");
+  const Blocks found = blocks(controls, "_control");
   const Flat factor = read_flat(scale.get());
-  STD_TORCH_CHECK(factor.format == Format::fp32 && factor.numel == 1, "_control: scale must be one float32 on the CPU");
-  STD_TORCH_CHECK(scaled.size() == all.size(), "_control: scaled has ", scaled.size(), " entries, controls has ",
-                  all.size());
-  size_t rows = 0;
-  for (const Block& block : all) rows += static_cast<size_t>(block.rows);
-  STD_TORCH_CHECK(clip_groups.size() == rows, "_control: clip_groups has ", clip_groups.size(), " entries, expected ",
-                  rows);
+  STD_TORCH_CHECK(factor.format == Format::fp32 && factor.numel == 1 && factor.device == found.device,
+                  "_control: scale must be one float32 on the device of the controls");
+  STD_TORCH_CHECK(scaled.size() == found.all.size(), "_control: scaled has ", scaled.size(), " entries, controls has ",
+                  found.all.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(clip_groups.size()) == found.rows, "_control: clip_groups has ",
+                  clip_groups.size(), " entries, expected ", found.rows);
   const int64_t n_groups = static_cast<int64_t>(max_norms.size());
   for (const int64_t group : clip_groups) {
     STD_TORCH_CHECK(group >= -1 && group < n_groups, "_control: clip_groups has ", group, ", expected -1 to ",
                     n_groups - 1);
   }
-  for (size_t i = 0; i < all.size(); ++i) {
-    core::Control& head = *all[i].head;
-    if (scaled[i]) core::unscale(head, static_cast<double>(*static_cast<const float*>(factor.data)));
-    double sumsq = 0.0;
-    for (int64_t r = 0; r < all[i].rows; ++r) sumsq += head.rows()[r].sumsq;
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    head.grad_norm = head.first_bad >= 0.0 ? nan : std::sqrt(sumsq) * head.inv_scale;
-    if (head.found_inf == 0.0 && core::overflows(head)) head.found_inf = 1.0;
+  // Addresses, rows, scaled, clip groups and limits one after the other, as cuda::Settle has them.
+  std::vector<int64_t> words;
+  for (const Block& block : found.all) words.push_back(word(block.head));
+  for (const Block& block : found.all) words.push_back(block.rows);
+  words.insert(words.end(), scaled.begin(), scaled.end());
+  words.insert(words.end(), clip_groups.begin(), clip_groups.end());
+  for (const double limit : max_norms) words.push_back(word(limit));
+  const auto n = static_cast<int64_t>(found.all.size());
+  if (!backend_of(found.device)) {
+    std::vector<double> room(2 * max_norms.size());
+    core::settle({n, n_groups, words.data(), words.data() + n, scaled.data(), clip_groups.data(), max_norms.data(),
+                  room.data()},
+                 static_cast<double>(*static_cast<const float*>(factor.data)));
+    return;
   }
-  clip(all, clip_groups, max_norms);
+  Queue queue(found.device);
+  queue.run([&](void* stream) {
+    cuda::Settle job;
+    Handle memory;
+    const Handle room = queue.room(2 * n_groups);
+    hand_over(queue, words, job.words, memory);
+    job.scale = static_cast<const float*>(factor.data);
+    job.n_controls = n;
+    job.n_rows = found.rows;
+    job.n_groups = n_groups;
+    job.room = static_cast<double*>(Queue::memory(room));
+    queue.check(queue.backend().settle(job, stream), "_control");
+  });
 }
 
 // _scaler_update(Tensor(a!) state, Tensor[] controls, float[] policy) -> ()
@@ -94,19 +120,54 @@ void update_scaler(StableIValue* stack, uint64_t, uint64_t) {
   const auto words = to<std::vector<double>>(stack[2]);
   const Flat flat = read_flat(state.get());
   STD_TORCH_CHECK(flat.format == Format::fp32 && flat.contiguous && flat.numel == core::scaler_size,
-                  "_scaler_update: state must be a contiguous float32 CPU tensor of ", core::scaler_size, " elements");
+                  "_scaler_update: state must be a contiguous float32 tensor of ", core::scaler_size, " elements");
   STD_TORCH_CHECK(words.size() == core::policy_size, "_scaler_update: policy has ", words.size(), " entries, expected ",
                   core::policy_size);
   core::Policy policy;
   std::copy(words.begin(), words.end(), reinterpret_cast<double*>(&policy));
-  double first_bad = -1.0, bad_optimizer = -1.0;
-  const std::vector<Block> all = blocks(controls, "_scaler_update");
-  for (size_t i = all.size(); i-- > 0;) {
-    if (all[i].head->found_inf == 0.0) continue;
-    bad_optimizer = static_cast<double>(i);
-    first_bad = all[i].head->first_bad;
-  }
-  core::update(*static_cast<core::Scaler*>(flat.data), policy, bad_optimizer >= 0.0, first_bad, bad_optimizer);
+  const Blocks found = blocks(controls, "_scaler_update");
+  STD_TORCH_CHECK(found.all.empty() || flat.device == found.device,
+                  "_scaler_update: state is on another device than controls[0]");
+  std::vector<int64_t> addresses;
+  for (const Block& block : found.all) addresses.push_back(word(block.head));
+  const auto n = static_cast<int64_t>(addresses.size());
+  auto* const scaler = static_cast<core::Scaler*>(flat.data);
+  if (!backend_of(flat.device)) return core::update(*scaler, policy, addresses.data(), n);
+  Queue queue(flat.device);
+  queue.run([&](void* stream) {
+    cuda::ScalerUpdate job;
+    Handle memory;
+    hand_over(queue, addresses, job.words, memory);
+    job.state = scaler;
+    job.policy = policy;
+    job.n_controls = n;
+    queue.check(queue.backend().update_scaler(job, stream), "_scaler_update");
+  });
+}
+
+// One launch a dtype of parameters.
+void average_on_device(int64_t device, const std::vector<cpu::AverageJob::Segment>& segments, double weight) {
+  Queue queue(device);
+  queue.run([&](void* stream) {
+    for (const Format format : {Format::fp32, Format::fp64, Format::bf16, Format::fp16}) {
+      std::vector<cuda::Item> items;
+      for (const auto& segment : segments) {
+        if (segment.format != format || segment.numel == 0) continue;
+        cuda::Item item{};
+        item.memory.param = const_cast<void*>(segment.param);
+        item.memory.numel = segment.numel;
+        item.extra.ema = segment.average;
+        items.push_back(item);
+      }
+      if (items.empty()) continue;
+      cuda::Job job{};
+      job.storage.param = format;
+      job.weight = weight;
+      DeviceTable table;
+      table.load(queue, stream, items, job);
+      queue.check(queue.backend().average(job, queue.backend().max_blocks(device), stream), "_average");
+    }
+  });
 }
 
 // _average(Tensor(a!)[] averages, Tensor[] params, float weight) -> int
@@ -117,13 +178,15 @@ void average(StableIValue* stack, uint64_t, uint64_t) {
   const auto weight = to<double>(stack[2]);
   STD_TORCH_CHECK(averages.size() == params.size(), "_average: averages has ", averages.size(), " tensors, params has ",
                   params.size());
+  int64_t device = cpu_device;
   std::vector<cpu::AverageJob::Segment> segments(averages.size());
   std::vector<int64_t> offsets(averages.size());
   int64_t total = 0;
   for (int64_t i = 0; i < averages.size(); ++i) {
     const View a = view(averages[i], true), p = view(params[i], false);
     const Format wide = p.format == Format::fp64 ? Format::fp64 : Format::fp32;
-    const bool fits = a.usable && p.usable && a.format == wide && same_sizes(a, p) && dense(a) &&
+    if (i == 0) device = a.device;
+    const bool fits = a.usable && p.usable && a.device == device && p.device == device && a.format == wide && same_sizes(a, p) && dense(a) &&
                       ((a.contiguous && p.contiguous) || same_strides(a, p));
     if (!fits) {
       stack[0] = torch::stable::detail::from(i);
@@ -132,6 +195,11 @@ void average(StableIValue* stack, uint64_t, uint64_t) {
     segments[i] = {a.data, p.data, a.numel, p.format};
     offsets[i] = total;
     total += a.numel;
+  }
+  if (backend_of(device)) {
+    average_on_device(device, segments, weight);
+    stack[0] = torch::stable::detail::from(int64_t{-1});
+    return;
   }
   const cpu::AverageJob job{segments.data(), offsets.data(), averages.size(), weight};
   const cpu::Kernels& kernels = cpu::current_kernels();

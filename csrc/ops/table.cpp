@@ -30,16 +30,16 @@ std::string shape(const View& v) {
 // What a step needs of a tensor beside a parameter: its memory, if it has this format and lies as the parameter does.
 void* beside(AtenTensorHandle tensor, Format format, const View& param) {
   const Flat flat = read_flat(tensor);
-  if (flat.format != format) return nullptr;
+  if (flat.format != format || flat.device != param.device) return nullptr;
   if (param.contiguous && flat.contiguous && param.numel == flat.numel) return flat.data;
   const View other = view(tensor, true);
   return other.usable && same_sizes(param, other) && same_strides(param, other) ? flat.data : nullptr;
 }
 
 // The memory of `numel` fp32 numbers in a row.
-float* floats(AtenTensorHandle tensor, int64_t numel) {
+float* floats(AtenTensorHandle tensor, int64_t numel, int64_t device) {
   const Flat flat = read_flat(tensor);
-  const bool good = flat.format == Format::fp32 && flat.contiguous && flat.numel == numel;
+  const bool good = flat.format == Format::fp32 && flat.device == device && flat.contiguous && flat.numel == numel;
   return good ? static_cast<float*>(flat.data) : nullptr;
 }
 
@@ -69,7 +69,7 @@ View control_view(AtenTensorHandle control, const char* op) {
   STD_TORCH_CHECK(v.usable && v.contiguous && v.format == Format::fp64 &&
                       v.numel >= core::control_head + core::control_row &&
                       (v.numel - core::control_head) % core::control_row == 0,
-                  op, "_: control must be a contiguous float64 CPU tensor of ", core::control_head, " + ",
+                  op, "_: control must be a contiguous float64 tensor of ", core::control_head, " + ",
                   core::control_row, " x (param groups) elements");
   return v;
 }
@@ -81,6 +81,7 @@ enum class Table::Misfit : int {
   overlap,
   grad_kind,
   grad_shape,
+  grad_overlap,
   state,
   scale,
   kept,
@@ -89,10 +90,12 @@ enum class Table::Misfit : int {
   step
 };
 
-Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept kept)
+Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, int64_t device, Kept kept)
     : rule_(rule),
       info_(info),
       storage_(storage),
+      device_(device),
+      launches_(backend_of(device) != nullptr),
       kept_(std::move(kept)),
       needs_extras_(info.n_scalars > 0 || info.n_sums > 0 || storage.needs_extras(info.n_states)) {
   const size_t n = kept_.groups.size();
@@ -130,6 +133,7 @@ Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept 
 
 void Table::check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const {
   const int64_t all = static_cast<int64_t>(kept_.groups.size());
+  STD_TORCH_CHECK(control.device == device_, info_.name, "_: control is not on the parameters' device");
   const int64_t expected = rows.empty() ? all : static_cast<int64_t>(rows.size());
   STD_TORCH_CHECK(n == expected, info_.name, "_: params has ", n, " tensors, expected ", expected);
   const int64_t control_rows = (control.numel - core::control_head) / core::control_row;
@@ -166,14 +170,14 @@ Table::Misfit Table::fit_extra(int64_t k, int64_t row, const View& param) {
   size_t scale = row * (kept_.scales.size() / kept_.groups.size());
   for (int s = 0; s < info_.n_states; ++s) {
     if (kept_as(storage_.states[s]) != Format::u8) continue;
-    extra.scales[s] = floats(kept_.scales[scale++].get(), n_codes);
+    extra.scales[s] = floats(kept_.scales[scale++].get(), n_codes, device_);
     if (!extra.scales[s] && n_codes) return Misfit::scale;
   }
   for (int i = 0; i < info_.n_scalars; ++i) {
-    float* const scalar = floats(kept_.scalars[row * info_.n_scalars + i].get(), 1);
+    float* const scalar = floats(kept_.scalars[row * info_.n_scalars + i].get(), 1, device_);
     if (!scalar) return Misfit::scalar;
     scalars_[k * info_.n_scalars + i] = scalar;
-    extra.scalars[i] = *scalar;
+    if (!launches_) extra.scalars[i] = *scalar;
   }
   return Misfit::none;
 }
@@ -183,9 +187,9 @@ Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair) {
   Segment& segment = segments_[k];
   staging_[k] = 0;
   numbers_[k] = kept_.indices.empty() ? row : kept_.indices[row];
-  if (!p.usable) return Misfit::param_kind;
+  if (!p.usable || p.device != device_) return Misfit::param_kind;
   if (p.format != storage_.param) return Misfit::param_format;
-  if (!g.usable) return Misfit::grad_kind;
+  if (!g.usable || g.device != device_) return Misfit::grad_kind;
   if (!same_sizes(p, g)) return Misfit::grad_shape;
   if (!dense(p)) {
     if (!evidently_disjoint(p)) return Misfit::overlap;
@@ -198,10 +202,10 @@ Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair) {
   segment.numel = p.numel;
   segment.group = kept_.groups[row];
   if (!kept_.steps.empty()) {
-    float* const count = floats(kept_.steps[row].get(), 1);
+    float* const count = floats(kept_.steps[row].get(), 1, device_);
     if (!count) return Misfit::step;
     counts_[k] = count;
-    segment.step = static_cast<double>(*count) + 1.0;
+    if (!launches_) segment.step = static_cast<double>(*count) + 1.0;
   }
   if (staging_[k] & stage_param) return Misfit::none;  // what is beside it is checked against the copy
   return fit_beside(k, row, p);
@@ -254,31 +258,34 @@ bool Table::find_shared_memory() {
 }
 
 std::string Table::explain(Found found, const Pair& pair) const {
+  const std::string device = device_ == cpu_device ? "the CPU" : "cuda:" + std::to_string(device_);
   const std::string at = "[" + std::to_string(found.k) + "]";
   switch (found.misfit) {
     case Misfit::param_kind:
-      return "params" + at + " is not a strided tensor on the CPU";
+      return "params" + at + " is not a strided tensor on " + device;
     case Misfit::param_format:
       return "params" + at +
              " has a dtype unlike the others', or one that is not float32, float64, bfloat16 or float16";
     case Misfit::overlap:
       return "params" + at + " has elements that share memory (for instance from expand()); pass a contiguous tensor";
     case Misfit::grad_kind:
-      return "grads" + at + " is not a strided tensor on the CPU";
+      return "grads" + at + " is not a strided tensor on " + device;
     case Misfit::grad_shape:
       return "grads" + at + " has shape " + shape(pair.grad) + ", params" + at + " has " + shape(pair.param);
+    case Misfit::grad_overlap:
+      return "grads" + at + " has elements that share memory and cannot be zeroed in the step; pass a contiguous tensor";
     case Misfit::state:
-      return "a state of params" + at + " has a shape, strides or a dtype unlike its, or is not on the CPU";
+      return "a state of params" + at + " has a shape, strides or a dtype unlike its, or is not on " + device;
     case Misfit::scale:
-      return "the scales of a state of params" + at + " are not one float32 for 256 elements on the CPU";
+      return "the scales of a state of params" + at + " are not one float32 for 256 elements on " + device;
     case Misfit::kept:
       return "the master or compensation of params" + at + " has a shape, strides or a dtype that does not fit it";
     case Misfit::ema:
       return "the average of params" + at + " has a shape, strides or a dtype that does not fit it";
     case Misfit::scalar:
-      return "a scalar of params" + at + " is not one float32 on the CPU";
+      return "a scalar of params" + at + " is not one float32 on " + device;
     case Misfit::step:
-      return "step" + at + " is not one float32 on the CPU";
+      return "step" + at + " is not one float32 on " + device;
     case Misfit::none:
       break;
   }
@@ -323,7 +330,28 @@ int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int6
   return result;
 }
 
-int64_t Table::run(const View& control, Mode mode) {
+int64_t Table::run(const Controls& control, Mode mode) {
+  if (!launches_) return run_on_cpu(control.block, mode);
+  items_.resize(segments_.size());
+  for (size_t k = 0; k < segments_.size(); ++k) {
+    cuda::Item& item = items_[k];
+    item = {};
+    item.memory = segments_[k];
+    if (needs_extras_) item.extra = extras_[k];
+    item.extra.index = numbers_[k];
+    item.count = kept_.steps.empty() ? nullptr : counts_[k];
+    for (int i = 0; i < info_.n_scalars; ++i) item.scalars[i] = scalars_[k * info_.n_scalars + i];
+  }
+  Queue queue(device_);
+  const int64_t n_rows = (control.block.numel - core::control_head) / core::control_row;
+  run_on_device(queue, on_device_, items_,
+                {rule_, info_.n_sums > 0, shared_, storage_, static_cast<core::Control*>(control.block.data), n_rows,
+                 control.given},
+                mode == Mode::stats ? Launches::stats : Launches::update);
+  return applied;
+}
+
+int64_t Table::run_on_cpu(const View& control, Mode mode) {
   auto* const block = static_cast<core::Control*>(control.data);
   if (mode != Mode::stats && block->found_inf != 0.0) return skipped;
   const int64_t n = static_cast<int64_t>(segments_.size());
@@ -369,10 +397,11 @@ int64_t Table::run(const View& control, Mode mode) {
   return applied;
 }
 
-int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, Mode mode) {
+int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control,
+                    Mode mode) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
-  check_call(n, rows, control);
+  check_call(n, rows, control.block);
   const bool fitted = mode == Mode::write_fitted && fitted_ == pairs && static_cast<int64_t>(segments_.size()) == n;
   fitted_ = nullptr;
   if (!fitted) {
@@ -387,13 +416,13 @@ int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& ro
 }
 
 int64_t Table::step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
-                    const View& control, Mode mode, bool strict) {
+                    const Controls& control, Mode mode, bool strict) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
   fitted_ = nullptr;
   const int64_t n = params.size();
   STD_TORCH_CHECK(grads.size() == n, info_.name, "_: grads has ", grads.size(), " tensors, params has ", n);
-  check_call(n, rows, control);
+  check_call(n, rows, control.block);
   std::vector<Pair> pairs(n);
   for (int64_t k = 0; k < n; ++k) pairs[k] = {view(params[k], true), view(grads[k], storage_.zero_grad)};
   Found found = fit_all(pairs.data(), n, rows);
@@ -403,6 +432,7 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
   std::vector<Tensor> grad_copies;
   for (int64_t k = 0; found.misfit == Misfit::none && k < n; ++k) {
     if (!staging_[k]) continue;
+    if (launches_ && storage_.zero_grad && !evidently_disjoint(pairs[k].grad)) found = {Misfit::grad_overlap, k};
     const Tensor p = share(params[k]).take(), g = share(grads[k]).take();
     Tensor grad_copy = torch::stable::empty_like(p);
     torch::stable::copy_(grad_copy, g);
@@ -412,7 +442,8 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
       Tensor copy = torch::stable::empty_like(p);
       torch::stable::copy_(copy, p);
       segments_[k].param = copy.mutable_data_ptr();
-      found = {fit_beside(k, rows.empty() ? k : rows[k], view(copy.get(), true)), k};
+      const Misfit misfit = fit_beside(k, rows.empty() ? k : rows[k], view(copy.get(), true));
+      if (misfit != Misfit::none) found = {misfit, k};
       write_back.emplace_back(p, copy);
     }
   }
@@ -423,8 +454,15 @@ int64_t Table::step(const TensorList& params, const TensorList& grads, const std
   const int64_t result = mode == Mode::fit ? applied : run(control, mode);
   if (mode < Mode::write || result != applied) return result;
   for (auto& [param, copy] : write_back) torch::stable::copy_(param, copy);
+  size_t at = 0;
   for (int64_t k = 0; storage_.zero_grad && k < n; ++k) {
-    if (staging_[k]) fill_with_zeros(pairs[k].grad, 0, static_cast<char*>(pairs[k].grad.data));
+    if (!staging_[k]) continue;
+    if (launches_) {  // zeros, or what it was where the step is skipped
+      Tensor grad = share(grads[k]).take();
+      torch::stable::copy_(grad, grad_copies[at++]);
+    } else {
+      fill_with_zeros(pairs[k].grad, 0, static_cast<char*>(pairs[k].grad.data));
+    }
   }
   return result;
 }

@@ -9,6 +9,7 @@
 #include "core/control.h"
 #include "core/segment.h"
 #include "cpu/table.h"
+#include "ops/device.h"
 #include "ops/tensor.h"
 
 namespace pytrain::ops {
@@ -37,6 +38,12 @@ struct Kept {
 // A control block's facts, once it is known to be one.
 View control_view(AtenTensorHandle control, const char* op);
 
+// The control block of a step: on the table's device, and what the host knows of it.
+struct Controls {
+  View block;
+  Given given;
+};
+
 class Table {
  public:
   static constexpr int64_t applied = -1;
@@ -45,16 +52,16 @@ class Table {
   // call, one for statistics, has checked.
   enum class Mode : int { fit, stats, write, write_fitted };
 
-  Table(int rule, const RuleInfo& info, const core::Storage& storage, Kept kept);
+  Table(int rule, const RuleInfo& info, const core::Storage& storage, int64_t device, Kept kept);
 
   // One step over rows[k] for each k (all rows in their order if `rows` is empty).
   // Nothing that a former step saw of a tensor is trusted: addresses, sizes and strides are read anew.
   // Returns `applied`, `skipped`, or the first k whose tensors do not fit the table; then nothing was written.
   // With `strict` a misfit is an error with the reason.
   int64_t step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
-               const View& control, Mode mode, bool strict);
+               const Controls& control, Mode mode, bool strict);
   // The same from facts that the caller has read. Tensors that must be copied first count as a misfit here.
-  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const View& control, Mode mode);
+  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control, Mode mode);
 
  private:
   enum class Misfit : int;
@@ -69,13 +76,16 @@ class Table {
   Misfit fit_extra(int64_t k, int64_t row, const View& param);
   std::string explain(Found found, const Pair& pair) const;
   bool find_shared_memory();
-  int64_t run(const View& control, Mode mode);
+  int64_t run(const Controls& control, Mode mode);
+  int64_t run_on_cpu(const View& control, Mode mode);
   void take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total);
   int64_t take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control);
 
   const int rule_;
   const RuleInfo info_;
   const core::Storage storage_;
+  const int64_t device_;
+  const bool launches_;  // it steps by launches of a device's kernels, and never reads what lies there
   const Kept kept_;
   const bool needs_extras_;
   std::mutex busy_;
@@ -91,6 +101,8 @@ class Table {
   // Where the parameters lay when they were last compared with each other, and whether some share memory.
   std::vector<std::pair<const char*, const char*>> extents_;
   bool shared_ = false;
+  DeviceTable on_device_;
+  std::vector<cuda::Item> items_;
   const Pair* fitted_ = nullptr;  // what the last call has checked, if it was one for statistics
 };
 

@@ -20,18 +20,28 @@ Format format_of(int32_t dtype) {
   return Format::none;
 }
 
+// cpu_device or a CUDA device's number; -2 for other kinds.
+int64_t device_of(AtenTensorHandle tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
+  if (type == cpu) return core::cpu_device;
+  if (type != cuda) return -2;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
+  return index;
+}
+
 }  // namespace
 
 View view(AtenTensorHandle tensor, bool writable) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   static const int32_t strided = aoti_torch_layout_strided();
   View v;
-  int32_t dtype;
-  int32_t device, layout;
+  int32_t dtype, layout;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-  if (layout != strided || device != cpu) return v;
+  if (layout != strided) return v;
+  v.device = device_of(tensor);
+  if (v.device < core::cpu_device) return v;
   int64_t* sizes;
   int64_t* strides;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &v.numel));
@@ -54,11 +64,10 @@ View view(AtenTensorHandle tensor, bool writable) {
 }
 
 Flat read_flat(AtenTensorHandle state) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   Flat f;
-  int32_t device, dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(state, &device));
-  if (device != cpu) return f;
+  int32_t dtype;
+  f.device = device_of(state);
+  if (f.device < core::cpu_device) return f;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(state, &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(state, &f.numel));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(state, &f.contiguous));

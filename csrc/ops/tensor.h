@@ -75,7 +75,8 @@ View view(AtenTensorHandle tensor, bool writable);
 struct Flat {
   void* data = nullptr;
   int64_t numel = 0;
-  Format format = Format::none;  // none also where it is not on the CPU
+  int64_t device = core::cpu_device;
+  Format format = Format::none;  // none also where it is on no device that has kernels
   bool contiguous = false;
 };
 Flat read_flat(AtenTensorHandle state);

@@ -58,6 +58,11 @@ class Plan:
     table: int = 0
     averaged: frozenset[int] = frozenset()  # ids of the parameters whose averages were lent
 
+    @property
+    def device(self) -> torch.device:
+        """Where all its tensors are."""
+        return self.entries[0].param.device
+
     def finish(self, optimizer: FusedOptimizer) -> None:
         """Hand the states over to the kernel library."""
         rule, formats, storage = self.rule, self.formats, optimizer.storage
@@ -85,6 +90,7 @@ class Plan:
             storage.zero_grad,
             storage.stochastic,
             storage.seed,
+            -1 if self.device.type == "cpu" else self.device.index,
         ]
         groups = [entry.group for entry in self.entries]
         numbers = [entry.number for entry in self.entries]
@@ -128,8 +134,15 @@ class Settled:
         self.rules = [optimizer.rule(group) for group in groups]
         self.fused = [group.get("fused") for group in groups]
         self.hypers: list[tuple[float, ...]] = [() for _ in groups]
-        self.control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
-        self.block = self.control.numpy()
+        self.given = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
+        self.block = self.given.numpy()
+        devices = {plan.device for plan in plans}
+        # Control blocks that the host cannot look into; `given` is what it has written to them.
+        self.remote = {device: self.given.to(device, copy=True) for device in devices if backend.is_remote(device)}
+        self.unbegun: set[torch.device] = set()  # whose control block does not know of this step yet
+        self.merges = bool(self.remote) and (len(devices) > 1 or bool(slow))  # all are read into `given` after pass 1
+        self.merged = False
+        self.control = self.given if self.merges or not self.remote else next(iter(self.remote.values()))
         self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
         self.own_weight = 0.0 if optimizer.storage.ema_decay is None else 1.0 - optimizer.storage.ema_decay
         self.work: list[Work] = []
@@ -165,6 +178,7 @@ class Settled:
         """Set the control block for a step whose gradients were not looked at yet."""
         self.block[:CONTROL_HEAD] = (grad_coef, 0.0, clip_value, 0.0, -1.0)
         self.rows[:, EMA_WEIGHT : SUMSQ + 1] = (self.own_weight or ema_weight, 1.0, 0.0)
+        self.unbegun, self.merged = set(self.remote), False
 
     def gather(self, optimizer: FusedOptimizer) -> bool:
         """Find the gradients of this step; False where a parameter has one for the first time."""
@@ -210,6 +224,8 @@ class Settled:
             misfit |= self.call(one, last_try, STATS) >= 0
         if misfit:
             return 0
+        if self.remote:
+            self.read_remote()
         for other in self.slow:
             entry = other.entry
             sum_squares = slow.sum_squares(entry.param.grad)
@@ -221,11 +237,31 @@ class Settled:
                 self.rows[entry.group, SUMSQ] += sum_squares
         return SKIPPED if self.block[FOUND_INF] else APPLIED
 
+    def read_remote(self) -> None:
+        """Have what pass 1 has found where `control` is; a device without gradients has found nothing."""
+        if not self.merges:
+            for device in self.unbegun:
+                torch.ops.pytrain._upload.default(self.remote[device], self.given)
+            self.unbegun = set()
+            return
+        for device in self.remote.keys() - self.unbegun:
+            found = self.remote[device].cpu().numpy()
+            self.block[FOUND_INF] = max(self.block[FOUND_INF], found[FOUND_INF])
+            if found[FIRST_BAD] >= 0:
+                first = self.block[FIRST_BAD]
+                self.block[FIRST_BAD] = found[FIRST_BAD] if first < 0 else min(first, found[FIRST_BAD])
+            self.rows[:, SUMSQ] += found[CONTROL_HEAD:].reshape(self.rows.shape)[:, SUMSQ]
+        self.merged = True
+
     def write(self, optimizer: FusedOptimizer, last_try: bool, mode: int = WRITE) -> int:
         """Pass 2, over gathered gradients, as the control block says; lets go of them."""
         if self.block[FOUND_INF]:
             self.work = []
             return SKIPPED
+        if self.merged:
+            for control in self.remote.values():
+                torch.ops.pytrain._upload.default(control, self.given)
+            self.unbegun = set()
         for one in self.work:
             if self.call(one, last_try, mode) >= 0:
                 return 0
@@ -260,11 +296,15 @@ class Settled:
         code = 0
         if plan.pairs is not None:
             op = torch.ops.pytrain._table_step_pairs.default
-            code = op(plan.table, plan.pairs, len(grads), rows, self.control, mode)
+            control = self.remote.get(plan.device, self.given) if self.remote else self.given
+            fresh = bool(self.unbegun) and plan.device in self.unbegun
+            code = op(plan.table, plan.pairs, len(grads), rows, control, self.given, fresh, mode)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
             code = self.call_with_lists(work, last_try, mode)
+        if mode == STATS and code < 0:
+            self.unbegun.discard(plan.device)
         if code == APPLIED and mode >= WRITE:
             torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)
         return code
@@ -275,11 +315,12 @@ class Settled:
         plan, params, grads, rows = work
         op = torch.ops.pytrain._table_step.default
         mode = min(mode, WRITE)
-        code: int = op(plan.table, params, grads, rows, self.control, mode, False)
+        control, fresh = self.remote.get(plan.device, self.given), plan.device in self.unbegun
+        code: int = op(plan.table, params, grads, rows, control, self.given, fresh, mode, False)
         if code >= 0 and last_try:
             where = plan.entries[rows[code] if rows else code].where
             try:
-                op(plan.table, params, grads, rows, self.control, mode, True)
+                op(plan.table, params, grads, rows, control, self.given, fresh, mode, True)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
                 raise UnfitError(f"{where}: {reason}") from None
@@ -294,7 +335,7 @@ def settle(optimizer: FusedOptimizer) -> Settled:
         BackendError: the kernels were demanded and cannot take a parameter.
         UnfitError: a state has a shape or a device unlike its parameter's.
     """
-    plans: dict[tuple[str, torch.dtype, Formats], Plan] = {}
+    plans: dict[tuple[str, torch.dtype, torch.device, Formats], Plan] = {}
     slow_ones: list[Slow] = []
     waiting: list[Tensor] = []
     fresh: list[Tensor] = []
@@ -328,10 +369,11 @@ def settle(optimizer: FusedOptimizer) -> Settled:
                 continue
             if not state:
                 fresh.append(param)
-            plan = plans.setdefault((rule.name, param.dtype, formats), Plan(rule, formats))
+            plan = plans.setdefault((rule.name, param.dtype, param.device, formats), Plan(rule, formats))
             plan.entries.append(entry)
             if rule.counts and not optimizer.counts_steps:  # only the first step differs, and it finds no state
-                plan.steps.append(torch.tensor(1.0 if complete else 0.0, dtype=torch.float32, device="cpu"))
+                begin = torch.tensor(1.0 if complete else 0.0, dtype=torch.float32)
+                plan.steps.append(begin.to(backend.home_of_numbers(param)))
     entries = [entry for plan in plans.values() for entry in plan.entries]
     for entry in entries:
         conform(optimizer, entry)

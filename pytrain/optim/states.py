@@ -27,6 +27,7 @@ from pytrain.optim.storage import (
 if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer, Rule
 
+CPU = torch.device("cpu")
 PLACE = torch.empty(0, device="cpu")  # keeps the place of a key until its tensor is made
 SMALL, BLOCK_BYTES = 16384, 2**20  # states of up to so many elements share blocks of up to so many bytes
 
@@ -139,7 +140,7 @@ def make(optimizer: FusedOptimizer, entry: Entry, key: str) -> None:
     elif key == "step":
         # A checkpoint without counts but with a momentum is past its first step.
         past = rule.counts and any(state.get(name) is not None for name in rule.states)
-        state[key] = torch.full((), float(past), dtype=torch.float32, device="cpu")
+        state[key] = torch.full((), float(past), dtype=torch.float32, device=backend.home_of_numbers(param))
     elif key == "ema":
         state[key] = param.detach().to(torch.float32 if param.dtype in LOW_PRECISION else param.dtype, copy=True)
     elif key == "master":
@@ -150,7 +151,7 @@ def make(optimizer: FusedOptimizer, entry: Entry, key: str) -> None:
         state[key] = torch.zeros_like(param, requires_grad=False)
     elif key in rule.scalars:
         begin = optimizer.initial(key, param, entry.options)
-        state[key] = torch.full((), float(begin), dtype=torch.float32, device="cpu")
+        state[key] = torch.full((), float(begin), dtype=torch.float32, device=backend.home_of_numbers(param))
 
 
 def _dtype(param: Tensor, kind: str) -> torch.dtype:
@@ -161,12 +162,12 @@ def _allocate(state: dict[str, Tensor], param: Tensor, name: str, kind: str) -> 
     """Memory for a state, and for its scales where it is coded."""
     state[name] = torch.zeros_like(param, dtype=_dtype(param, kind), requires_grad=False)
     if kind in CODES:
-        state[name + SCALE] = torch.zeros(-(-param.numel() // CODE_BLOCK), dtype=torch.float32, device="cpu")
+        state[name + SCALE] = torch.zeros(-(-param.numel() // CODE_BLOCK), dtype=torch.float32, device=param.device)
 
 
 def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
     """Give parameters the state that they lack; small zeros from common blocks, which are quick to make and to walk."""
-    small: dict[torch.dtype, list[tuple[Tensor, str]]] = {}
+    small: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, str]]] = {}
     for entry in entries:
         param, rule, formats = entry.param, entry.rule, entry.formats
         keys = needed(optimizer, rule, formats)
@@ -182,18 +183,20 @@ def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
             zero = not isinstance(begin, Tensor) and begin == 0.0
             if shared and zero and key in rule.states and formats.states[rule.states.index(key)] not in CODES:
                 kind = formats.states[rule.states.index(key)]
-                small.setdefault(_dtype(param, kind), []).append((param, key))
+                small.setdefault((_dtype(param, kind), param.device), []).append((param, key))
                 state[key] = PLACE
             elif shared and fresh and key == "step":
-                small.setdefault(torch.float32, []).append((param, key))
+                small.setdefault((torch.float32, backend.home_of_numbers(param)), []).append((param, key))
                 state[key] = PLACE
             else:
                 make(optimizer, entry, key)
-    for dtype, needs in small.items():
-        _make_small(optimizer, dtype, needs)
+    for (dtype, device), needs in small.items():
+        _make_small(optimizer, dtype, device, needs)
 
 
-def _make_small(optimizer: FusedOptimizer, dtype: torch.dtype, needs: list[tuple[Tensor, str]]) -> None:
+def _make_small(
+    optimizer: FusedOptimizer, dtype: torch.dtype, device: torch.device, needs: list[tuple[Tensor, str]]
+) -> None:
     per_line = 64 // dtype.itemsize  # each tensor starts a cache line, but for the step counts
     sizes = [1 if name == "step" else -(-param.numel() // per_line) * per_line for param, name in needs]
     at = 0
@@ -202,7 +205,7 @@ def _make_small(optimizer: FusedOptimizer, dtype: torch.dtype, needs: list[tuple
         while end < len(needs) and (end == at or (total + sizes[end]) * dtype.itemsize <= BLOCK_BYTES):
             total += sizes[end]
             end += 1
-        block, offset = torch.zeros(total, dtype=dtype, device="cpu"), 0
+        block, offset = torch.zeros(total, dtype=dtype, device=device), 0
         for (param, name), size in zip(needs[at:end], sizes[at:end], strict=True):
             shape = () if name == "step" else param.shape
             optimizer.state[param][name] = block[offset : offset + math.prod(shape)].view(shape)
@@ -229,16 +232,14 @@ def lay_out(optimizer: FusedOptimizer, entry: Entry, seen: set[int]) -> None:
                 state[name].copy_(value)
         seen.add(id(state[name]))
     for name in (*rule.scalars, *(["step"] if optimizer.counts_steps else [])):
-        state[name] = lay_out_number(state[name], seen)
+        state[name] = lay_out_number(state[name], seen, backend.home_of_numbers(param))
 
 
-def lay_out_number(value: Tensor | float, seen: set[int]) -> Tensor:
-    """A count or scalar as one float32 on the CPU, whatever an older checkpoint holds; no two parameters share one."""
-    good = (
-        isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu" and value.numel() == 1
-    )
+def lay_out_number(value: Tensor | float, seen: set[int], device: torch.device = CPU) -> Tensor:
+    """A count or scalar as one float32 on its device, whatever an older checkpoint holds; no two parameters share one."""
+    good = isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == device and value.numel() == 1
     if not good or id(value) in seen:
-        value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+        value = torch.tensor(float(value), dtype=torch.float32, device=device)
     assert isinstance(value, Tensor)
     seen.add(id(value))
     return value

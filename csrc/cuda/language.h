@@ -1,0 +1,26 @@
+// The few words that CUDA adds to C++. The only place that knows whether nvcc compiles the kernels for a GPU or an
+// ordinary compiler compiles them for tests/simt, which runs the same source on the CPU.
+#pragma once
+
+#define PT_ISA cuda_device
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#define PT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define PT_ARGUMENT(type) const __grid_constant__ type  // of a kernel: stays where the launch has put it
+#define PT_DEVICE __device__ __forceinline__
+#define PT_SHARED(type, name, count) __shared__ type name[count]
+#define PT_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+namespace pytrain::cuda {
+// Why the last launch failed; nothing if it did not.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+}  // namespace pytrain::cuda
+#else
+#include "simt/shim.h"
+#endif

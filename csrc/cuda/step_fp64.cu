@@ -1,0 +1,12 @@
+// Every rule where parameter and states are all fp64.
+#include "cuda/backend.h"
+#include "cuda/direct.h"
+#include "cuda/step.h"
+
+namespace pytrain::cuda {
+
+const char* launch_fp64(int rule, bool measure, const Job& job, int64_t blocks, void* stream) {
+  return launch_rule<Direct<double>>(rules::All{}, rule, measure, job, blocks, stream);
+}
+
+}  // namespace pytrain::cuda
