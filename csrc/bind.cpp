@@ -105,13 +105,15 @@ class Watch {
 };
 
 // The attribute of each item that has it (is not None), and the positions of those items; no positions mean all.
-// Calls found(item, value, how many came before) for each.
-template <class Found>
-py::tuple collect_each(const py::list& items, const py::str& attribute, Found&& found) {
+// Calls found(item, value, how many came before) for each, and before that ahead(item, its position) some items early.
+constexpr Py_ssize_t items_ahead = 8;
+template <class Ahead, class Found>
+py::tuple collect_each(const py::list& items, const py::str& attribute, Ahead&& ahead, Found&& found) {
   const Py_ssize_t n = PyList_GET_SIZE(items.ptr());
   py::list values(n), positions;
   Py_ssize_t kept = 0;
   for (Py_ssize_t i = 0; i < n; ++i) {
+    if (i + items_ahead < n) ahead(PyList_GET_ITEM(items.ptr(), i + items_ahead), i + items_ahead);
     PyObject* const value = PyObject_GetAttr(PyList_GET_ITEM(items.ptr(), i), attribute.ptr());
     if (!value) throw py::error_already_set();
     if (value == Py_None) {
@@ -130,7 +132,7 @@ py::tuple collect_each(const py::list& items, const py::str& attribute, Found&& 
 }
 
 py::tuple collect(const py::list& items, const py::str& attribute) {
-  return collect_each(items, attribute, [](PyObject*, PyObject*, Py_ssize_t) {});
+  return collect_each(items, attribute, [](PyObject*, Py_ssize_t) {}, [](PyObject*, PyObject*, Py_ssize_t) {});
 }
 
 // Reads tensors' addresses, sizes and strides through the C exchange API of the DLPack standard (1.3), which costs a
@@ -147,7 +149,12 @@ class Reader {
   // `collect` of the gradients; fills in a Pair a parameter that has one, at an address with room for all.
   py::tuple gather(const py::list& params, std::uintptr_t address) const {
     auto* const pairs = reinterpret_cast<Pair*>(address);
-    return collect_each(params, grad_, [&](PyObject* param, PyObject* grad, Py_ssize_t k) {
+    const auto ahead = [&](PyObject* param, Py_ssize_t i) {
+      __builtin_prefetch(param);
+      pytrain::core::prefetch_around(pairs[i].param.sizes);  // where the last step found them: a hint
+      pytrain::core::prefetch_around(pairs[i].grad.sizes);
+    };
+    return collect_each(params, grad_, ahead, [&](PyObject* param, PyObject* grad, Py_ssize_t k) {
       pairs[k] = {read(param), read(grad)};
     });
   }

@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 // 236 ns each on one thread and 337 on two.
 constexpr int64_t grain_elements = 131072;
 // The check of one row takes about as long as the update of a hundred elements.
-constexpr int64_t grain_rows = 1024;
+constexpr int64_t grain_rows = 256;
 
 constexpr uint8_t stage_grad = 1;   // the gradient lies differently in memory, or has another dtype
 constexpr uint8_t stage_param = 2;  // the parameter has gaps: it is updated in a copy without them
@@ -49,6 +49,9 @@ Format kept_as(Format format) { return format == Format::s8 ? Format::u8 : forma
 Format kept_as(core::Keep keep, Format param) {
   return keep == core::Keep::master ? Format::fp32 : keep == core::Keep::low_bits ? Format::i16 : param;
 }
+
+// How many rows before its turn a row's tensors are called into the caches.
+constexpr int64_t rows_ahead = 8;
 
 int64_t n_blocks(const Segment& segment) { return (segment.numel + cpu::block - 1) / cpu::block; }
 
@@ -128,6 +131,30 @@ Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, int64
   for (size_t row = 0; row < n; ++row) {
     STD_TORCH_CHECK(kept_.groups[row] >= 0, info_.name, "_: groups[", row, "] is ", kept_.groups[row],
                     ", expected >= 0");
+  }
+  note_places();
+}
+
+void Table::note_places() {
+  const int64_t n = static_cast<int64_t>(kept_.groups.size());
+  const std::vector<Handle>* const lists[] = {&kept_.states, &kept_.kept, &kept_.emas, &kept_.scalars, &kept_.steps};
+  for (int64_t row = 0; row < n; ++row) {
+    for (const std::vector<Handle>* const list : lists) {
+      const int64_t each = static_cast<int64_t>(list->size()) / n;
+      for (int64_t i = row * each; i < (row + 1) * each; ++i) {
+        int64_t* sizes;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes((*list)[i].get(), &sizes));
+        places_.push_back({(*list)[i].get(), sizes});
+      }
+    }
+  }
+}
+
+void Table::call_ahead(int64_t row) const {
+  const size_t n = kept_.groups.size(), each = places_.size() / n;
+  for (size_t i = row * each; i < (row + 1) * each; ++i) {
+    __builtin_prefetch(places_[i].handle);
+    core::prefetch_around(places_[i].sizes);
   }
 }
 
@@ -223,6 +250,7 @@ Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int6
   std::mutex one_at_a_time;
   torch::stable::parallel_for(0, n, grain_rows, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
+      if (k + rows_ahead < end) call_ahead(rows.empty() ? k + rows_ahead : rows[k + rows_ahead]);
       const Misfit misfit = fit(k, rows.empty() ? k : rows[k], pairs[k]);
       if (misfit == Misfit::none) continue;
       const std::lock_guard<std::mutex> lock(one_at_a_time);

@@ -69,6 +69,8 @@ class Table {
     Misfit misfit;
     int64_t k;
   };
+  void note_places();
+  void call_ahead(int64_t row) const;
   void check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const;
   Found fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows);
   Misfit fit(int64_t k, int64_t row, const Pair& pair);
@@ -88,6 +90,12 @@ class Table {
   const bool launches_;  // it steps by launches of a device's kernels, and never reads what lies there
   const Kept kept_;
   const bool needs_extras_;
+  // Where the facts of a row's tensors lay when the table was made. Memory is called into the caches by it, nothing else.
+  struct Place {
+    const void* handle;
+    const void* sizes;
+  };
+  std::vector<Place> places_;
   std::mutex busy_;
   // Scratch of one step, kept so that a step allocates nothing. A segment's grad and param may be staged copies.
   std::vector<core::Segment> segments_;

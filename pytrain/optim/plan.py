@@ -98,7 +98,7 @@ class Plan:
             rule.name, states, scales, kept, emas, scalars, self.steps, groups, numbers, words
         )
         if backend.facts and backend.reader:
-            self.pairs = torch.empty(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
+            self.pairs = torch.zeros(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
             self.address = self.pairs.data_ptr()
 
 
