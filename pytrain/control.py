@@ -52,7 +52,8 @@ def settle(
     op = torch.ops.pytrain._control.default
     device = _common_device(controls)
     if device is not None:
-        return op(controls, _on(scale, device), scaled, clip_groups, max_norms)
+        op(controls, _on(scale, device), scaled, clip_groups, max_norms)
+        return
     here = [control.cpu() for control in controls]
     op(here, scale.cpu(), scaled, clip_groups, max_norms)
     for control, settled in zip(controls, here, strict=True):

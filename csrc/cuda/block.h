@@ -91,6 +91,12 @@ struct Part {
   double t;           // the step count of this update
 };
 
+// What a loop computes in.
+template <class Loop>
+struct Arithmetic {
+  using type = float;
+};
+
 // A number of a param group, from where the launch has it.
 PT_DEVICE double setting(const Job& job, int64_t group, double Settings::Row::* given, double core::GroupRow::* kept) {
   return job.settings.n_rows ? job.settings.rows[group].*given : job.control->rows()[group].*kept;

@@ -12,31 +12,34 @@ struct Direct {
   template <class Rule>
   static constexpr int room = rules::state_count<Rule>() > 0 ? rules::state_count<Rule>() : 1;
 
+  enum Stream { param, grad, average, first_state };
+
+  // In shared memory: where a chunk's streams begin. A loop reads it anew at each access (volatile), because addresses
+  // take more registers than elements.
   template <class Rule>
   struct Streams {
-    T* p;
-    T* g;
-    T* ema;  // null where none moves
-    T* states[room<Rule>];
-    T coef, limit, weight;
-    bool zero;
+    static constexpr int count = first_state + rules::state_count<Rule>();
+    T* begin[count];
+    T coef, limit, weight;  // weight 0: no average moves
+    bool is_aligned;
 
-    PT_DEVICE explicit Streams(const Part& part)
-        : p(static_cast<T*>(part.item.memory.param) + part.first),
-          g(static_cast<T*>(part.item.memory.grad) + part.first),
-          ema(part.ema_weight == 0.0 ? nullptr : static_cast<T*>(part.item.extra.ema) + part.first),
-          coef(T(part.coef)),
-          limit(T(part.job.settings.clip_value)),
-          weight(T(part.ema_weight)),
-          zero(part.job.storage.zero_grad) {
-      for (int s = 0; s < rules::state_count<Rule>(); ++s) {
-        states[s] = static_cast<T*>(part.item.memory.states[s]) + part.first;
+    PT_DEVICE void set(const Part& part) {
+      begin[param] = static_cast<T*>(part.item.memory.param) + part.first;
+      begin[grad] = static_cast<T*>(part.item.memory.grad) + part.first;
+      begin[average] = part.ema_weight == 0.0 ? nullptr : static_cast<T*>(part.item.extra.ema) + part.first;
+      for (int s = first_state; s < count; ++s) {
+        begin[s] = static_cast<T*>(part.item.memory.states[s - first_state]) + part.first;
       }
+      coef = T(part.coef);
+      limit = T(part.job.settings.clip_value);
+      weight = T(part.ema_weight);
+      is_aligned = true;
+      for (int s = 0; s < count; ++s) is_aligned = is_aligned && aligned<T, width>(begin[s]);
     }
-    PT_DEVICE bool is_aligned() const {
-      bool all = aligned<T, width>(p) && aligned<T, width>(g) && aligned<T, width>(ema);
-      for (int s = 0; s < rules::state_count<Rule>(); ++s) all = all && aligned<T, width>(states[s]);
-      return all;
+
+    template <class Elements>
+    PT_DEVICE Elements* at(int stream, int i) const {
+      return reinterpret_cast<Elements*>(global(*const_cast<T* const volatile*>(&begin[stream])) + i);
     }
   };
 
@@ -44,28 +47,28 @@ struct Direct {
   using V = Vec<T, N>;
 
   template <int N, class Rule, int... I>
-  static PT_DEVICE void update_at(const Rule& rule, const Streams<Rule>& x, int64_t i,
+  static PT_DEVICE void update_at(const Rule& rule, const Streams<Rule>& x, bool zero, int i,
                                   std::integer_sequence<int, I...>) {
-    V<N> p = *reinterpret_cast<const V<N>*>(x.p + i);
-    const V<N> g = *reinterpret_cast<const V<N>*>(x.g + i);
-    V<N> s[room<Rule>] = {*reinterpret_cast<const V<N>*>(x.states[I] + i)...};
-    for (int e = 0; e < N; ++e) p.x[e] -= rule(p.x[e], clipped(g.x[e], x.coef, x.limit), s[I].x[e]...);
-    *reinterpret_cast<V<N>*>(x.p + i) = p;
-    if constexpr (!writes_in_measure<Rule>()) ((*reinterpret_cast<V<N>*>(x.states[I] + i) = s[I]), ...);
-    if (x.ema) {
-      V<N> a = *reinterpret_cast<const V<N>*>(x.ema + i);
-      for (int e = 0; e < N; ++e) a.x[e] = averaged(a.x[e], p.x[e], x.weight);
-      *reinterpret_cast<V<N>*>(x.ema + i) = a;
-    }
-    if (x.zero) *reinterpret_cast<V<N>*>(x.g + i) = V<N>{};
+    V<N> p = *x.template at<const V<N>>(param, i);
+    const V<N> g = *x.template at<const V<N>>(grad, i);
+    V<N> s[room<Rule>] = {*x.template at<const V<N>>(first_state + I, i)...};
+    const T coef = x.coef, limit = x.limit, weight = x.weight;
+    for (int e = 0; e < N; ++e) p.x[e] -= rule(p.x[e], clipped(g.x[e], coef, limit), s[I].x[e]...);
+    *x.template at<V<N>>(param, i) = p;
+    if constexpr (!writes_in_measure<Rule>()) ((*x.template at<V<N>>(first_state + I, i) = s[I]), ...);
+    if (zero) *x.template at<V<N>>(grad, i) = V<N>{};
+    if (weight == T(0)) return;
+    V<N> a = *x.template at<const V<N>>(average, i);
+    for (int e = 0; e < N; ++e) a.x[e] = averaged(a.x[e], p.x[e], weight);
+    *x.template at<V<N>>(average, i) = a;
   }
 
   template <int N, class Rule, int... I>
-  static PT_DEVICE void measure_at(const Rule& rule, const Streams<Rule>& x, int64_t i, double* sums,
+  static PT_DEVICE void measure_at(const Rule& rule, const Streams<Rule>& x, int i, double* sums,
                                    std::integer_sequence<int, I...>) {
-    const V<N> p = *reinterpret_cast<const V<N>*>(x.p + i);
-    const V<N> g = *reinterpret_cast<const V<N>*>(x.g + i);
-    V<N> s[room<Rule>] = {*reinterpret_cast<const V<N>*>(x.states[I] + i)...};
+    const V<N> p = *x.template at<const V<N>>(param, i);
+    const V<N> g = *x.template at<const V<N>>(grad, i);
+    V<N> s[room<Rule>] = {*x.template at<const V<N>>(first_state + I, i)...};
     T total[rules::sum_count<Rule>()] = {};
     for (int e = 0; e < N; ++e) {
       T terms[rules::sum_count<Rule>()];
@@ -73,7 +76,7 @@ struct Direct {
       for (int k = 0; k < rules::sum_count<Rule>(); ++k) total[k] += terms[k];
     }
     for (int k = 0; k < rules::sum_count<Rule>(); ++k) sums[k] += static_cast<double>(total[k]);
-    if constexpr (Rule::measure_writes) ((*reinterpret_cast<V<N>*>(x.states[I] + i) = s[I]), ...);
+    if constexpr (Rule::measure_writes) ((*x.template at<V<N>>(first_state + I, i) = s[I]), ...);
   }
 
   // Does `measure` leave the new states in memory?
@@ -86,32 +89,44 @@ struct Direct {
     }
   }
 
-  // Calls with(number of elements as a constant, where) for each of this thread's pieces of the chunk.
+  // Calls with(number of elements as a constant, where) for each of this thread's pieces of the chunk: first those of 16
+  // bytes, then single elements.
   template <class Rule, class With>
-  static PT_DEVICE void each(const Streams<Rule>& x, int64_t n, With with) {
-    const int64_t whole = x.is_aligned() ? n / width * width : 0;
-    for (int64_t i = int64_t{threadIdx.x} * width; i < whole; i += threads * width) {
-      with(std::integral_constant<int, width>{}, i);
+  static PT_DEVICE void each(Streams<Rule>& x, const Part& part, With with) {
+    if (threadIdx.x == 0) x.set(part);
+    __syncthreads();
+    const int n = static_cast<int>(part.n), vectors = x.is_aligned ? n / width : 0, beyond = vectors * (width - 1);
+    for (int k = static_cast<int>(threadIdx.x); k < n - beyond; k += threads) {
+      if (k < vectors) {
+        with(std::integral_constant<int, width>{}, k * width);
+      } else {
+        with(std::integral_constant<int, 1>{}, k + beyond);
+      }
     }
-    for (int64_t i = whole + threadIdx.x; i < n; i += threads) with(std::integral_constant<int, 1>{}, i);
   }
 
   template <class Rule>
   static PT_DEVICE void update(const Rule& rule, const Part& part) {
-    const Streams<Rule> x(part);
-    each(x, part.n, [&](auto count, int64_t i) {
-      update_at<decltype(count)::value>(rule, x, i, std::make_integer_sequence<int, rules::state_count<Rule>()>{});
+    PT_SHARED(Streams<Rule>, x, 1);
+    const bool zero = part.job.storage.zero_grad;
+    each(*x, part, [&](auto count, int i) {
+      update_at<decltype(count)::value>(rule, *x, zero, i, std::make_integer_sequence<int, rules::state_count<Rule>()>{});
     });
   }
 
   template <class Rule>
   static PT_DEVICE void measure(const Rule& rule, const Part& part, double* sums) {
-    const Streams<Rule> x(part);
-    each(x, part.n, [&](auto count, int64_t i) {
-      measure_at<decltype(count)::value>(rule, x, i, sums,
+    PT_SHARED(Streams<Rule>, x, 1);
+    each(*x, part, [&](auto count, int i) {
+      measure_at<decltype(count)::value>(rule, *x, i, sums,
                                          std::make_integer_sequence<int, rules::state_count<Rule>()>{});
     });
   }
+};
+
+template <>
+struct Arithmetic<Direct<double>> {
+  using type = double;
 };
 
 }  // namespace pytrain::cuda

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #define PT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define PT_RESIDENT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // blocks at a time
 #define PT_ARGUMENT(type) const __grid_constant__ type  // of a kernel: stays where the launch has put it
 #define PT_DEVICE __device__ __forceinline__
 #define PT_SHARED(type, name, count) __shared__ type name[count]
@@ -15,6 +16,13 @@
   kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 namespace pytrain::cuda {
+// The same pointer, which the compiler may take to point to global memory; else it asks at each access.
+template <class T>
+PT_DEVICE T* global(T* at) {
+  __builtin_assume(__isGlobal(at));
+  return at;
+}
+
 // Why the last launch failed; nothing if it did not.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
@@ -23,4 +31,13 @@ inline const char* launch_error() {
 }  // namespace pytrain::cuda
 #else
 #include "simt/shim.h"
+
+#define PT_RESIDENT_KERNEL(threads, blocks) PT_KERNEL(threads)
+
+namespace pytrain::cuda {
+template <class T>
+PT_DEVICE T* global(T* at) {
+  return at;
+}
+}  // namespace pytrain::cuda
 #endif

@@ -5,46 +5,48 @@
 namespace pytrain::cuda {
 namespace {
 
-constexpr int together = 8;  // squares that are added in fp32 before their sum becomes a double
-
 PT_DEVICE float value(float x) { return x; }
 PT_DEVICE float value(codec::Bf16 x) { return codec::decode(x); }
 PT_DEVICE float value(codec::Fp16 x) { return codec::decode(x); }
 
-// Eight squares in fp32 where no bit of any of them can leave its range; else each in fp64. nan where one is inf or nan.
-PT_DEVICE double sum_squares(const float* x, int n) {
-  float total = 0.0f;
-  for (int i = 0; i < n; ++i) total += x[i] * x[i];
-  constexpr float low = 1e-25f, high = 1e38f;  // a square below low / 2^24 does not count beside it
-  if (total >= low && total <= high) return static_cast<double>(total);
-  double sum = 0.0;
-  for (int i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum <= std::numeric_limits<double>::max() ? sum : std::numeric_limits<double>::quiet_NaN();
-}
+// A sum of squares as an unevaluated sum of two floats, of twice their bits: GPUs have few units for fp64.
+struct Squares {
+  float high = 0.0f, low = 0.0f;
 
-// This thread's share of a chunk.
-template <class H>
-PT_DEVICE double sum_squares_of(const H* g, int64_t n) {
+  PT_DEVICE void add(float x) {
+    const float square = x * x;
+    const float rest = fmaf(x, x, -square);  // exactly what the square's rounding has left out
+    const float sum = high + square;
+    const float part = sum - high;
+    low += ((high - (sum - part)) + (square - part)) + rest;
+    high = sum;
+  }
+  // Beyond these limits squares or rests have left fp32's range; between them 16 squares are good to 2^-44.
+  PT_DEVICE bool holds() const { return high >= 1e-30f && high <= 1e38f; }
+  PT_DEVICE double value() const { return static_cast<double>(high) + static_cast<double>(low); }
+};
+
+// This thread's share of a chunk: calls with(element) for each.
+template <class H, class With>
+PT_DEVICE void each(const H* g, int64_t n, With with) {
   constexpr int width = 16 / sizeof(H);
   const int64_t whole = aligned<H, width>(g) ? n / width * width : 0;
+  for (int64_t i = int64_t{threadIdx.x} * width; i < whole; i += threads * width) {
+    const Vec<H, width> v = *reinterpret_cast<const Vec<H, width>*>(g + i);
+    for (int e = 0; e < width; ++e) with(value(v.x[e]));
+  }
+  for (int64_t i = whole + threadIdx.x; i < n; i += threads) with(value(g[i]));
+}
+
+// nan where one is inf or nan.
+template <class H>
+PT_DEVICE double sum_squares_of(const H* g, int64_t n) {
+  Squares squares;
+  each(g, n, [&](float x) { squares.add(x); });
+  if (squares.holds()) return squares.value();
   double sum = 0.0;
-  // `together` elements in as many loads of 16 bytes as they take, each of them side by side with the other threads'.
-  constexpr int loads = together / width > 0 ? together / width : 1;
-  for (int64_t i = int64_t{threadIdx.x} * width; i < whole; i += threads * width * loads) {
-    float x[loads * width] = {};
-    for (int l = 0; l < loads; ++l) {
-      const int64_t at = i + int64_t{l} * threads * width;
-      if (at >= whole) break;
-      const Vec<H, width> v = *reinterpret_cast<const Vec<H, width>*>(g + at);
-      for (int e = 0; e < width; ++e) x[l * width + e] = value(v.x[e]);
-    }
-    sum += sum_squares(x, loads * width);
-  }
-  for (int64_t i = whole + threadIdx.x; i < n; i += threads) {
-    const float x = value(g[i]);
-    sum += sum_squares(&x, 1);
-  }
-  return sum;
+  each(g, n, [&](float x) { sum += static_cast<double>(x) * static_cast<double>(x); });
+  return sum <= std::numeric_limits<double>::max() ? sum : std::numeric_limits<double>::quiet_NaN();
 }
 
 PT_DEVICE double sum_squares_of(const double* g, int64_t n) {

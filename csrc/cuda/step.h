@@ -16,26 +16,44 @@ PT_DEVICE typename Rule::Hyper hyper_of(const double* numbers) {
 template <class Rule>
 constexpr bool is_of_item = rules::scalar_count<Rule>() > 0 || rules::sum_count<Rule>() > 0;
 
-// Keeps a rule in shared memory as long as group and count stay the same, or the item where numbers of its own matter.
-template <class Rule>
-struct Prepared {
-  double* memory;  // shared
-  int64_t key = -1;
-  double t = 0.0;
+// In shared memory: what all threads of a block need to know of the chunk that they are at. One thread finds it out, so
+// that the others' registers are free for elements.
+template <class Rule, class T>
+struct Turn {
+  static constexpr int n_numbers = sizeof(Rule) / sizeof(double);
+  int64_t c;
+  const Item* item;
+  int64_t first, n;
+  double coef, ema_weight, t;
+  int64_t key;                // what the rule was made for: a group, or an item where it has numbers of its own,
+  double key_t;               // at this count
+  double memory[n_numbers];   // the rule
+  T numbers[n_numbers];       // and as the loop computes with it
 
-  PT_DEVICE Rule get(const Part& part, int64_t item, bool settled) {
-    const int64_t wanted = is_of_item<Rule> ? item : part.item.memory.group;
-    if (wanted != key || part.t != t) {
-      __syncthreads();  // all threads have read the one before
-      if (threadIdx.x == 0) make(part, item, settled);
-      __syncthreads();
-      key = wanted;
-      t = part.t;
-    }
-    return *reinterpret_cast<const Rule*>(memory);
+  PT_DEVICE void begin(const Job& job) {
+    c = job.first_chunk + blockIdx.x - gridDim.x;
+    key = -1;
   }
 
-  PT_DEVICE void make(const Part& part, int64_t item, bool settled) const {
+  PT_DEVICE void next(const Job& job, bool settled) {
+    c += gridDim.x;
+    if (c >= job.n_chunks) return;
+    const Part part = part_of(job, c);
+    item = &part.item;
+    first = part.first;
+    n = part.n;
+    coef = part.coef;
+    ema_weight = part.ema_weight;
+    t = part.t;
+    const int64_t index = job.chunks[c].item, wanted = is_of_item<Rule> ? index : part.item.memory.group;
+    if (wanted == key && t == key_t) return;
+    key = wanted;
+    key_t = t;
+    make(part, index, settled);
+    for (int i = 0; i < n_numbers; ++i) numbers[i] = static_cast<T>(memory[i]);
+  }
+
+  PT_DEVICE void make(const Part& part, int64_t index, bool settled) {
     const auto hyper = hyper_of<Rule>(hypers_of(part.job, part.item.memory.group));
     Rule* rule;
     if constexpr (rules::scalar_count<Rule>() > 0) {
@@ -47,11 +65,34 @@ struct Prepared {
     }
     if constexpr (rules::sum_count<Rule>() > 0) {
       if (settled) {
-        rule->settle(part.job.totals + item * core::max_sums, static_cast<double>(part.item.memory.numel));
+        rule->settle(part.job.totals + index * core::max_sums, static_cast<double>(part.item.memory.numel));
       }
     }
   }
+
+  PT_DEVICE Part part(const Job& job) const { return {job, *item, first, n, coef, ema_weight, t}; }
+
+  // A double that the compiler sees come from a float takes one register, and no conversion in the loop: a rule uses
+  // its numbers as the type it computes in.
+  PT_DEVICE Rule rule() const {
+    alignas(Rule) double wide[n_numbers];
+    for (int i = 0; i < n_numbers; ++i) wide[i] = static_cast<double>(numbers[i]);
+    return *reinterpret_cast<const Rule*>(wide);
+  }
 };
+
+// Calls with() for each chunk of this block, when `turn` is there.
+template <class Turn, class With>
+PT_DEVICE void each_turn(const Job& job, bool settled, Turn& turn, With with) {
+  if (threadIdx.x == 0) turn.begin(job);
+  while (true) {
+    __syncthreads();  // all threads are done with the chunk before
+    if (threadIdx.x == 0) turn.next(job, settled);
+    __syncthreads();
+    if (turn.c >= job.n_chunks) return;
+    with();
+  }
+}
 
 // After all blocks have read them: the step counts and the rule's scalars.
 template <class Rule>
@@ -74,39 +115,38 @@ PT_DEVICE void advance(const Job& job) {
   }
 }
 
+// Blocks that a multiprocessor of 65,536 registers is to hold: three quarters of its 2,048 threads, at 40 registers,
+// and fewer where a rule has so many states that they would not fit.
+template <class Rule>
+constexpr int resident = rules::state_count<Rule>() <= 3 ? 6 : 5;
+
 template <class Rule, class Loop>
-PT_KERNEL(threads) update(PT_ARGUMENT(Job) job) {
+PT_RESIDENT_KERNEL(threads, resident<Rule>) update(PT_ARGUMENT(Job) job) {
   static_assert(std::is_trivially_copyable_v<Rule> && sizeof(Rule) % sizeof(double) == 0);
-  PT_SHARED(double, memory, sizeof(Rule) / sizeof(double));
+  using Here = Turn<Rule, typename Arithmetic<Loop>::type>;
+  PT_SHARED(Here, turn, 1);
   PT_SHARED(unsigned, drawn, 1);
   if (is_skipped(job)) return;
-  Prepared<Rule> prepared{memory};
-  for (int64_t c = job.first_chunk + blockIdx.x; c < job.n_chunks; c += gridDim.x) {
-    const Part part = part_of(job, c);
-    const Rule rule = prepared.get(part, job.chunks[c].item, true);
-    Loop::update(rule, part);
-  }
+  each_turn(job, true, *turn, [&] { Loop::update(turn->rule(), turn->part(job)); });
   if (is_last_block(job.ticket, drawn)) advance<Rule>(job);
 }
 
 // The sums over each item that a rule asks for.
 template <class Rule, class Loop>
 PT_KERNEL(threads) measure(PT_ARGUMENT(Job) job) {
-  PT_SHARED(double, memory, sizeof(Rule) / sizeof(double));
+  using Here = Turn<Rule, typename Arithmetic<Loop>::type>;
+  PT_SHARED(Here, turn, 1);
   PT_SHARED(double, lines, warps);
   PT_SHARED(unsigned, drawn, 1);
   if (is_skipped(job)) return;
-  Prepared<Rule> prepared{memory};
-  for (int64_t c = job.first_chunk + blockIdx.x; c < job.n_chunks; c += gridDim.x) {
-    const Part part = part_of(job, c);
-    const Rule rule = prepared.get(part, job.chunks[c].item, false);
+  each_turn(job, false, *turn, [&] {
     double sums[core::max_sums] = {};
-    Loop::measure(rule, part, sums);
+    Loop::measure(turn->rule(), turn->part(job), sums);
     for (int k = 0; k < rules::sum_count<Rule>(); ++k) {
       const double sum = block_sum(sums[k], lines);
-      if (threadIdx.x == 0) job.partials[c * core::max_sums + k] = sum;
+      if (threadIdx.x == 0) job.partials[turn->c * core::max_sums + k] = sum;
     }
-  }
+  });
   if (!is_last_block(job.ticket, drawn)) return;
   for (int k = 0; k < rules::sum_count<Rule>(); ++k) add_partials(job, k, lines);
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pytrain import backend
 from pytrain.optim.storage import (
     CODE_BLOCK,
     CODES,
@@ -236,7 +237,7 @@ def lay_out(optimizer: FusedOptimizer, entry: Entry, seen: set[int]) -> None:
 
 
 def lay_out_number(value: Tensor | float, seen: set[int], device: torch.device = CPU) -> Tensor:
-    """A count or scalar as one float32 on its device, whatever an older checkpoint holds; no two parameters share one."""
+    """A count or scalar as one float32 on its device, whatever a checkpoint holds; no two parameters share one."""
     good = isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == device and value.numel() == 1
     if not good or id(value) in seen:
         value = torch.tensor(float(value), dtype=torch.float32, device=device)

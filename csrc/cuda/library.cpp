@@ -1,0 +1,59 @@
+// The CUDA kernels as one library, for csrc/ops to launch. Of torch it takes only the stable ABI's C functions: the
+// current stream, and a guard of the current device.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <atomic>
+
+#include "cuda/backend.h"
+
+namespace pytrain::cuda {
+namespace {
+
+namespace accelerator = torch::stable::accelerator;
+
+// Throws what the caller's own checks throw, std::runtime_error: no frame of C or CUDA lies between here and there.
+int attribute(cudaDeviceAttr name, int64_t device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, name, static_cast<int>(device));
+  if (error == cudaSuccess) return value;
+  (void)cudaGetLastError();  // it is told here, and not once more after the next launch
+  STD_TORCH_CHECK(false, "pytrain's kernels cannot use device cuda:", device, ": ", cudaGetErrorString(error),
+                  " (they are built for CUDA ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10, ")");
+}
+
+// As many as a device can hold at once if registers allow it. Fewer would leave it idle; more would only begin later,
+// and each block reads the launch's tables and prepares its rule anew.
+int64_t max_blocks(int64_t device) {
+  static std::array<std::atomic<int64_t>, 128> known{};  // more devices than torch counts
+  std::atomic<int64_t>* const kept = device >= 0 && device < 128 ? &known[static_cast<size_t>(device)] : nullptr;
+  if (const int64_t blocks = kept ? kept->load(std::memory_order_relaxed) : 0) return blocks;
+  const int64_t resident = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) / threads;
+  const int64_t blocks = attribute(cudaDevAttrMultiProcessorCount, device) * resident;
+  if (kept) kept->store(blocks, std::memory_order_relaxed);
+  return blocks;
+}
+
+void on_device(int64_t device, void (*body)(void* stream, void* context), void* context) {
+  max_blocks(device);  // says why, where there is no such device; torch's guard would say it in its own terms
+  const auto index = static_cast<accelerator::DeviceIndex>(device);
+  const accelerator::DeviceGuard guard(index);
+  body(accelerator::getCurrentStream(index).nativeHandle(), context);
+}
+
+const Backend table{sizeof(Job),    on_device,     max_blocks,    launch_step, launch_stats,
+                    launch_average, launch_upload, launch_settle, launch_scaler};
+
+}  // namespace
+}  // namespace pytrain::cuda
+
+#define EXPORT __attribute__((visibility("default")))
+extern "C" {
+EXPORT const void* pytrain_backend() { return &pytrain::cuda::table; }
+// As 1000 * major + 10 * minor.
+EXPORT int pytrain_cuda_version() { return CUDART_VERSION; }
+// As in TORCH_CUDA_ARCH_LIST.
+EXPORT const char* pytrain_cuda_architectures() { return PYTRAIN_CUDA_ARCHITECTURES; }
+}
