@@ -24,7 +24,7 @@ using core::Keep;
 
 constexpr int lanes = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
-constexpr int warps = threads / lanes;
+constexpr int warps = threads / lanes;  // at most
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
@@ -43,7 +43,7 @@ PT_DEVICE double block_sum(double value, double* lines) {
   if (threadIdx.x % lanes == 0) lines[threadIdx.x / lanes] = value;
   __syncthreads();
   double sum = 0.0;
-  for (int w = 0; w < warps; ++w) sum += lines[w];
+  for (unsigned w = 0; w < blockDim.x / lanes; ++w) sum += lines[w];
   return sum;
 }
 
@@ -61,7 +61,7 @@ PT_DEVICE bool is_last_block(unsigned* ticket, unsigned* drawn) {
 
 // The partial sums number k of each item's chunks, added up into totals[item]; by one block.
 PT_DEVICE void add_partials(const Job& job, int k, double* lines) {
-  for (int64_t i = job.first_item + threadIdx.x; i < job.n_items; i += threads) {
+  for (int64_t i = job.first_item + threadIdx.x; i < job.n_items; i += blockDim.x) {
     const Item& item = job.items[i];
     if (item.n_chunks > few_chunks) continue;
     double sum = 0.0;
@@ -72,7 +72,7 @@ PT_DEVICE void add_partials(const Job& job, int k, double* lines) {
     if (job.large[l] < job.first_item || job.large[l] >= job.n_items) continue;
     const Item& item = job.items[job.large[l]];
     double sum = 0.0;
-    for (int64_t c = threadIdx.x; c < item.n_chunks; c += threads) {
+    for (int64_t c = threadIdx.x; c < item.n_chunks; c += blockDim.x) {
       sum += job.partials[(item.first_chunk + c) * core::max_sums + k];
     }
     sum = block_sum(sum, lines);
@@ -91,10 +91,14 @@ struct Part {
   double t;           // the step count of this update
 };
 
-// What a loop computes in.
+// What a loop over chunks computes in, with how many threads a block, and how many blocks a multiprocessor is to hold
+// while it updates by a rule.
 template <class Loop>
-struct Arithmetic {
-  using type = float;
+struct Traits {
+  using Number = float;
+  static constexpr int block = threads;
+  template <class Rule>
+  static constexpr int resident = 1;
 };
 
 // A number of a param group, from where the launch has it.

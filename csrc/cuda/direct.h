@@ -125,8 +125,17 @@ struct Direct {
 };
 
 template <>
-struct Arithmetic<Direct<double>> {
-  using type = double;
+struct Traits<Direct<float>> {
+  using Number = float;
+  static constexpr int block = threads;
+  // Six blocks are three quarters of 2,048 threads, at 40 of 65,536 registers. What has more states or numbers than AdamW
+  // with AMSGrad would spill there.
+  template <class Rule>
+  static constexpr int resident = rules::state_count<Rule>() <= 3 && sizeof(Rule) <= 7 * sizeof(double) ? 6 : 4;
+};
+template <>
+struct Traits<Direct<double>> : Traits<void> {
+  using Number = double;
 };
 
 }  // namespace pytrain::cuda

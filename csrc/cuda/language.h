@@ -8,14 +8,23 @@
 #include <cuda_runtime.h>
 
 #define PT_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define PT_RESIDENT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // blocks at a time
+#define PT_RESIDENT_KERNEL(threads, blocks) /* with registers few enough for so many blocks a multiprocessor */ \
+  __global__ void __launch_bounds__(threads, (blocks) * (threads) < most_threads ? (blocks) : most_threads / (threads))
 #define PT_ARGUMENT(type) const __grid_constant__ type  // of a kernel: stays where the launch has put it
 #define PT_DEVICE __device__ __forceinline__
+#define PT_OUTLINE __device__ __noinline__  // for code of some size that every kernel would repeat
+#define PT_ROLLED _Pragma("unroll 1")
 #define PT_SHARED(type, name, count) __shared__ type name[count]
 #define PT_LAUNCH(kernel, blocks, threads, stream, ...) \
   kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 namespace pytrain::cuda {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int most_threads = 1024;  // of a multiprocessor
+#else
+constexpr int most_threads = 1536;  // of the others' smallest
+#endif
+
 // The same pointer, which the compiler may take to point to global memory; else it asks at each access.
 template <class T>
 PT_DEVICE T* global(T* at) {
@@ -33,6 +42,8 @@ inline const char* launch_error() {
 #include "simt/shim.h"
 
 #define PT_RESIDENT_KERNEL(threads, blocks) PT_KERNEL(threads)
+#define PT_OUTLINE inline
+#define PT_ROLLED
 
 namespace pytrain::cuda {
 template <class T>

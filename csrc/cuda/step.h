@@ -27,7 +27,7 @@ struct Turn {
   double coef, ema_weight, t;
   int64_t key;                // what the rule was made for: a group, or an item where it has numbers of its own,
   double key_t;               // at this count
-  double memory[n_numbers];   // the rule
+  alignas(Rule) unsigned char memory[sizeof(Rule)];  // the rule; of bytes, so that it may be written as what it is
   T numbers[n_numbers];       // and as the loop computes with it
 
   PT_DEVICE void begin(const Job& job) {
@@ -50,7 +50,9 @@ struct Turn {
     key = wanted;
     key_t = t;
     make(part, index, settled);
-    for (int i = 0; i < n_numbers; ++i) numbers[i] = static_cast<T>(memory[i]);
+    double wide[n_numbers];
+    std::memcpy(wide, memory, sizeof wide);
+    for (int i = 0; i < n_numbers; ++i) numbers[i] = static_cast<T>(wide[i]);
   }
 
   PT_DEVICE void make(const Part& part, int64_t index, bool settled) {
@@ -97,7 +99,7 @@ PT_DEVICE void each_turn(const Job& job, bool settled, Turn& turn, With with) {
 // After all blocks have read them: the step counts and the rule's scalars.
 template <class Rule>
 PT_DEVICE void advance(const Job& job) {
-  for (int64_t i = job.first_item + threadIdx.x; i < job.n_items; i += threads) {
+  for (int64_t i = job.first_item + threadIdx.x; i < job.n_items; i += blockDim.x) {
     const Item& item = job.items[i];
     const double t = item.count ? static_cast<double>(*item.count) + 1.0 : 1.0;
     if (item.count) *item.count = static_cast<float>(t);
@@ -115,15 +117,10 @@ PT_DEVICE void advance(const Job& job) {
   }
 }
 
-// Blocks that a multiprocessor of 65,536 registers is to hold: three quarters of its 2,048 threads, at 40 registers,
-// and fewer where a rule has so many states that they would not fit.
-template <class Rule>
-constexpr int resident = rules::state_count<Rule>() <= 3 ? 6 : 5;
-
 template <class Rule, class Loop>
-PT_RESIDENT_KERNEL(threads, resident<Rule>) update(PT_ARGUMENT(Job) job) {
+PT_RESIDENT_KERNEL(Traits<Loop>::block, Traits<Loop>::template resident<Rule>) update(PT_ARGUMENT(Job) job) {
   static_assert(std::is_trivially_copyable_v<Rule> && sizeof(Rule) % sizeof(double) == 0);
-  using Here = Turn<Rule, typename Arithmetic<Loop>::type>;
+  using Here = Turn<Rule, typename Traits<Loop>::Number>;
   PT_SHARED(Here, turn, 1);
   PT_SHARED(unsigned, drawn, 1);
   if (is_skipped(job)) return;
@@ -133,8 +130,8 @@ PT_RESIDENT_KERNEL(threads, resident<Rule>) update(PT_ARGUMENT(Job) job) {
 
 // The sums over each item that a rule asks for.
 template <class Rule, class Loop>
-PT_KERNEL(threads) measure(PT_ARGUMENT(Job) job) {
-  using Here = Turn<Rule, typename Arithmetic<Loop>::type>;
+PT_KERNEL(Traits<Loop>::block) measure(PT_ARGUMENT(Job) job) {
+  using Here = Turn<Rule, typename Traits<Loop>::Number>;
   PT_SHARED(Here, turn, 1);
   PT_SHARED(double, lines, warps);
   PT_SHARED(unsigned, drawn, 1);
@@ -152,13 +149,15 @@ PT_KERNEL(threads) measure(PT_ARGUMENT(Job) job) {
 }
 
 template <class Rule, class Loop>
-const char* launch(bool measuring, const Job& job, unsigned blocks, void* stream) {
+const char* launch(bool measuring, const Job& job, int64_t most, void* stream) {
+  constexpr int block = Traits<Loop>::block;
+  const unsigned blocks = grid(job, most * (threads / block));
   if (!measuring) {
-    PT_LAUNCH((update<Rule, Loop>), blocks, threads, stream, job);
+    PT_LAUNCH((update<Rule, Loop>), blocks, block, stream, job);
     return launch_error();
   }
   if constexpr (rules::sum_count<Rule>() > 0) {
-    PT_LAUNCH((measure<Rule, Loop>), blocks, threads, stream, job);
+    PT_LAUNCH((measure<Rule, Loop>), blocks, block, stream, job);
     return launch_error();
   }
   return "this rule takes no sums";
@@ -168,8 +167,8 @@ const char* launch(bool measuring, const Job& job, unsigned blocks, void* stream
 template <class Loop, class... Rules>
 const char* launch_rule(rules::List<Rules...>, int rule, bool measuring, const Job& job, int64_t blocks,
                         void* stream) {
-  static constexpr const char* (*table[])(bool, const Job&, unsigned, void*) = {&launch<Rules, Loop>...};
-  return table[rule](measuring, job, grid(job, blocks), stream);
+  static constexpr const char* (*table[])(bool, const Job&, int64_t, void*) = {&launch<Rules, Loop>...};
+  return table[rule](measuring, job, blocks, stream);
 }
 
 }  // namespace pytrain::cuda
