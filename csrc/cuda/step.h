@@ -97,9 +97,9 @@ PT_DEVICE void each_turn(const Job& job, bool settled, Turn& turn, With with) {
 }
 
 // After all blocks have read them: the step counts and the rule's scalars.
-template <class Rule>
+template <class Rule, int block>
 PT_DEVICE void advance(const Job& job) {
-  for (int64_t i = job.first_item + threadIdx.x; i < job.n_items; i += blockDim.x) {
+  for (int64_t i = job.first_item + threadIdx.x; i < job.n_items; i += block) {
     const Item& item = job.items[i];
     const double t = item.count ? static_cast<double>(*item.count) + 1.0 : 1.0;
     if (item.count) *item.count = static_cast<float>(t);
@@ -125,7 +125,7 @@ PT_RESIDENT_KERNEL(Traits<Loop>::block, Traits<Loop>::template resident<Rule>) u
   PT_SHARED(unsigned, drawn, 1);
   if (is_skipped(job)) return;
   each_turn(job, true, *turn, [&] { Loop::update(turn->rule(), turn->part(job)); });
-  if (is_last_block(job.ticket, drawn)) advance<Rule>(job);
+  if (is_last_block(job.ticket, drawn)) advance<Rule, Traits<Loop>::block>(job);
 }
 
 // The sums over each item that a rule asks for.
