@@ -6,9 +6,10 @@ DEPENDENCIES := $(VENV)/.dependencies
 NATIVE := $(VENV)/.native
 TORCH := $(shell sed -n 's/^requires = .*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BUILD_REQUIREMENTS := 'setuptools>=77.0.3' pybind11 ninja wheel numpy
-SOURCES := setup.py $(shell find csrc -type f)
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+SOURCES := setup.py tools/cuda_build.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full bench lint format clean
+.PHONY: demo test test-full cuda bench lint format clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m pytrain demo
@@ -21,6 +22,11 @@ test-full: $(NATIVE)
 	$(BIN)/python tools/check_codegen.py
 	$(BIN)/python tools/mutate_rules.py
 	$(BIN)/python tools/build_matrix.py --all
+
+# The CUDA kernels too, in place; TORCH_CUDA_ARCH_LIST picks the architectures.
+cuda: $(DEPENDENCIES)
+	PYTRAIN_CUDA=1 $(BUILD)
+	touch $(NATIVE)
 
 bench: $(NATIVE)
 	$(BIN)/python benchmarks/bench_optim.py
@@ -35,7 +41,7 @@ format: $(NATIVE)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pytrain/*.so pytrain/_build_reason.txt
+	rm -rf $(VENV) build dist *.egg-info pytrain/*.so pytrain/_*_reason.txt
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 .venv: $(NATIVE)
@@ -46,6 +52,7 @@ $(DEPENDENCIES): pyproject.toml
 	PYTRAIN_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,dev]'
 	touch $@
 
+# Without nvcc, which takes minutes.
 $(NATIVE): $(DEPENDENCIES) $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	PYTRAIN_CUDA=0 $(BUILD)
 	touch $@

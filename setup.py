@@ -1,6 +1,8 @@
-"""Builds pytrain's two binaries: the kernel library (LibTorch stable ABI, no Python in it), a small pybind11 module.
+"""Builds pytrain's binaries: the kernel library (LibTorch stable ABI, no Python in it), a small pybind11 module, and
+where there is an nvcc the library of CUDA kernels (tools/cuda_build.py).
 
 PYTRAIN_NO_NATIVE=1 builds pure Python, and so does a machine without a C++ compiler; CXX picks the compiler.
+PYTRAIN_CUDA=0 leaves out CUDA, 1 demands it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_build  # noqa: E402
+
 KERNEL_LIBRARY = "pytrain._kernels"
 KERNEL_SOURCES = [
     "csrc/core/layout.cpp",
@@ -28,6 +33,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/kernels_avx512.cpp",
     "csrc/ops/tensor.cpp",
     "csrc/ops/device.cpp",
+    "csrc/ops/fit.cpp",
     "csrc/ops/table.cpp",
     "csrc/ops/optim.cpp",
     "csrc/ops/adafactor.cpp",
@@ -35,6 +41,8 @@ KERNEL_SOURCES = [
 ]
 BIND_MODULE = "pytrain._C"
 BIND_SOURCES = ["csrc/bind.cpp", "csrc/core/layout.cpp", "csrc/cpu/isa.cpp"]
+CUDA_LIBRARY = "pytrain._kernels_cuda"
+WITHOUT_ABI_TAG = {name.split(".")[-1] for name in (KERNEL_LIBRARY, CUDA_LIBRARY)}  # one file for every Python
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 TORCH_HEADERS = (2, 13)  # the oldest torch to build on
@@ -59,6 +67,7 @@ COMPILE_FLAGS = [
 KERNEL_LINK_FLAGS = ["-Wl,--as-needed", "-Wl,--no-undefined"] if sys.platform == "linux" else []
 
 REASON_FILE = "_build_reason.txt"
+CUDA_REASON_FILE = "_cuda_reason.txt"
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 
 
@@ -84,14 +93,16 @@ def pure_python_reason() -> str | None:
 
 
 def settle(package: Path) -> None:
-    """Leave the reason of a pure Python build in the package, without binaries of an earlier build; or no reason."""
-    (package / REASON_FILE).unlink(missing_ok=True)
-    if PURE_REASON is None:
-        return
-    for binary in package.glob("*.so"):
-        binary.unlink()
-    (package / REASON_FILE).write_text(PURE_REASON + "\n", encoding="utf-8")
-    print(f"pytrain: building WITHOUT native kernels: {PURE_REASON}", file=sys.stderr, flush=True)
+    """Leave in the package why something was not built, and no binaries of an earlier build of it; or no reason."""
+    for name, reason, binaries in (
+        (REASON_FILE, PURE_REASON, "*.so"),
+        (CUDA_REASON_FILE, CUDA_REASON, "_kernels_cuda.so"),
+    ):
+        (package / name).unlink(missing_ok=True)
+        if reason:
+            for binary in package.glob(binaries):
+                binary.unlink()
+            (package / name).write_text(reason + "\n", encoding="utf-8")
 
 
 class BuildPy(build_py):
@@ -110,7 +121,7 @@ class BuildPure(build_ext):
 
 
 def native_build() -> tuple[list[Extension], type[Command]]:
-    """Return the two extensions, and the build_ext command (torch's, through ninja where it is installed) for them."""
+    """Return the extensions, and the build_ext command (torch's, through ninja where it is installed) for them."""
     try:
         import pybind11
         import torch
@@ -132,7 +143,7 @@ def native_build() -> tuple[list[Extension], type[Command]]:
 
     class BuildNative(cpp_extension.BuildExtension):
         def get_ext_filename(self, ext_name: str) -> str:
-            if ext_name.split(".")[-1] == KERNEL_LIBRARY.split(".")[-1]:  # one file for every Python: no ABI tag
+            if ext_name.split(".")[-1] in WITHOUT_ABI_TAG:
                 return ext_name.replace(".", os.sep) + ".so"
             return str(super().get_ext_filename(ext_name))
 
@@ -149,6 +160,12 @@ def native_build() -> tuple[list[Extension], type[Command]]:
                     f"pytrain: compiling with {os.environ['CXX']} failed (its messages stand above): {error}\n"
                     "Hint: PYTRAIN_NO_NATIVE=1 builds pytrain without native kernels."
                 ) from error
+
+        def build_extension(self, ext: Extension) -> None:
+            if ext.name != CUDA_LIBRARY:
+                return super().build_extension(ext)
+            target, objects = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp, "cuda")
+            cuda_build.compile_library(TOOLKIT, target, objects, torch_folders, cpp_extension.library_paths())
 
     torch_folders = cpp_extension.include_paths()
     torch_includes = [f"-isystem{path}" for path in torch_folders]
@@ -174,13 +191,24 @@ def native_build() -> tuple[list[Extension], type[Command]]:
         extra_compile_args=[*COMPILE_FLAGS, f"-isystem{pybind11.get_include()}", *torch_includes],
         language="c++",
     )
-    return [kernels, bind], BuildNative
+    extensions = [kernels, bind]
+    if TOOLKIT:  # no sources: torch would look for an nvcc of its own choice
+        extensions.append(Extension(CUDA_LIBRARY, sources=[]))
+    return extensions, BuildNative
 
 
 PURE_REASON = pure_python_reason()
+TOOLKIT: cuda_build.Toolkit | None = None
+CUDA_REASON = ""
 cmdclass: dict[str, type[Command]] = {"build_py": BuildPy, "build_ext": BuildPure}
 ext_modules: list[Extension] = []
 # The metadata and the sdist need neither torch nor a compiler.
-if PURE_REASON is None and BUILD_COMMANDS.intersection(sys.argv):
-    ext_modules, cmdclass["build_ext"] = native_build()
+if BUILD_COMMANDS.intersection(sys.argv):
+    if PURE_REASON is None:
+        TOOLKIT, CUDA_REASON = cuda_build.decide()
+        ext_modules, cmdclass["build_ext"] = native_build()
+    elif os.environ.get("PYTRAIN_CUDA") == "1":
+        raise SystemExit(f"pytrain: PYTRAIN_CUDA=1, but the CUDA kernels go with the others, and {PURE_REASON}")
+    else:
+        print(f"pytrain: building WITHOUT native kernels: {PURE_REASON}", file=sys.stderr, flush=True)
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -16,6 +16,7 @@ from torch import Tensor
 CHOICES = ("auto", "native", "torch", "simt")  # simt, for tests: the CUDA kernels, compiled for the CPU
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ASKED_FOR = ("PYTRAIN_BACKEND=torch", "fused=False")  # reasons that need no warning
+CUDA_TORCH = (2, 13)  # the oldest torch that the CUDA kernels run under
 _FOLDER = Path(__file__).parent
 
 
@@ -48,27 +49,49 @@ def _load() -> tuple[ModuleType | None, str]:
     return facts, ""
 
 
-def _load_launches(name: str) -> str:
-    """Load a library of kernels that are launched ("cuda" or "simt"); say why not, or nothing."""
+def _load_launches(name: str) -> ctypes.CDLL | str:
+    """Load a library of kernels that are launched ("cuda" or "simt"); return it, or why not."""
     library = _FOLDER / f"_kernels_{name}.so"
     if not library.exists():
-        return f"{library.name} was not built"
+        note = _FOLDER / f"_{name}_reason.txt"
+        return f"{library.name} was not built" + (f": {note.read_text().strip()}" if note.exists() else "")
     try:
-        address = ctypes.CDLL(str(library)).pytrain_backend
+        loaded = ctypes.CDLL(str(library))
+        if name == "cuda" and (misfit := _misfit(loaded)):
+            return misfit
+        address = loaded.pytrain_backend
         address.restype = ctypes.c_void_p
         torch.ops.pytrain._backend(address(), name == "simt")
     except (OSError, AttributeError, RuntimeError) as error:
         return f"{library.name} does not load: {error}"
-    return ""
+    return loaded
 
 
-def _load_cuda() -> str:
-    """Why there are no kernels for CUDA devices, or nothing."""
+def _misfit(library: ctypes.CDLL) -> str:
+    """Why the CUDA kernels cannot run under this torch, or nothing."""
+    built_for, major = library.pytrain_cuda_version() // 1000, str(torch.version.cuda).split(".")[0]
+    if str(built_for) == major:
+        return ""
+    return (
+        f"they were built for CUDA {built_for}, this torch for CUDA {torch.version.cuda};"
+        f" install pytrain again with an nvcc of CUDA {major}"
+    )
+
+
+def _load_cuda() -> tuple[str, str]:
+    """(what the kernels for CUDA devices were built for, ""), or ("", why there are none)."""
     if facts is None:
-        return why_not_loaded
+        return "", why_not_loaded
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    return _load_launches("cuda")
+        return "", "this torch is built without CUDA"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < CUDA_TORCH:
+        return "", f"they need torch {CUDA_TORCH[0]}.{CUDA_TORCH[1]} or later, this is {torch.__version__}"
+    library = _load_launches("cuda")
+    if isinstance(library, str):
+        return "", library
+    version, architectures = library.pytrain_cuda_version(), library.pytrain_cuda_architectures
+    architectures.restype = ctypes.c_char_p
+    return f"CUDA {version // 1000}.{version % 1000 // 10}, architectures {architectures().decode()}", ""
 
 
 def _load_simt() -> bool:
@@ -79,9 +102,9 @@ def _load_simt() -> bool:
     """
     if facts is None or os.environ.get("PYTRAIN_BACKEND") != "simt":
         return False
-    why = _load_launches("simt")
-    if why:
-        raise BackendError(f"PYTRAIN_BACKEND=simt: {why}; python tests/simt/build.py makes it")
+    library = _load_launches("simt")
+    if isinstance(library, str):
+        raise BackendError(f"PYTRAIN_BACKEND=simt: {library}; python tests/simt/build.py makes it")
     return True
 
 
@@ -102,7 +125,7 @@ def _make_reader() -> Any:
 
 facts, why_not_loaded = _load()
 reader = _make_reader()
-why_no_cuda = _load_cuda()
+cuda_build, why_no_cuda = _load_cuda()
 simulated = _load_simt()
 
 

@@ -31,11 +31,23 @@ def info() -> str:
         lines += [
             f"kernels    CPU, {library.stat().st_size / 1e6:.2f} MB, {len(facts.rules())} rules, by {facts.compiler}",
             f"machine    {levels}; in use: {_in_use()}",
+            f"cuda       {_cuda()}",
         ]
     lines += [f"{name:<10} {value}" for name in SETTINGS if (value := os.environ.get(name))]
     lines.append("optimizers (for a float32 parameter on the CPU):")
     lines += [f"  {cls.__name__:<10} {_choice()}" for cls in optim.REGISTRY.values()]
     return "\n".join(lines)
+
+
+def _cuda() -> str:
+    if backend.why_no_cuda:
+        return f"no kernels: {backend.why_no_cuda}"
+    library = Path(backend.__file__).with_name("_kernels_cuda.so")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return (
+        f"kernels for {backend.cuda_build}, {library.stat().st_size / 1e6:.2f} MB;"
+        f" devices: {', '.join(devices) or 'torch finds none'}"
+    )
 
 
 def _in_use() -> str:

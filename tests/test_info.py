@@ -29,6 +29,12 @@ def test_info_names_versions_kernels_and_each_optimizers_backend() -> None:
         assert ("native: CPU kernels" in line) == (backend.facts is not None)
 
 
+@pytest.mark.skipif(backend.facts is None, reason="needs the kernels")
+def test_info_says_for_what_the_cuda_kernels_are_or_why_there_are_none() -> None:
+    line = next(line for line in pytrain("info").stdout.splitlines() if line.startswith("cuda "))
+    assert (backend.why_no_cuda or backend.cuda_build) in line
+
+
 def test_info_gives_the_reason_for_the_torch_path() -> None:
     assert "torch: PYTRAIN_BACKEND=torch" in pytrain("info", PYTRAIN_BACKEND="torch").stdout
 

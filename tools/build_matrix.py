@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -27,10 +28,18 @@ LIBRARY_LIMIT = 10 * 2**20  # bytes
 INSTALL_TARGET = 120.0  # seconds for a CPU-only `pip install .`; a warning, for the network is in it
 COMMAND_LIMIT = 1800.0  # seconds
 NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", "_build_reason.txt", ".*_cache"
+    ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", "_*_reason.txt", ".*_cache"
 )
 COMPILERS = ("c++", "g++", "clang++", "c++-", "g++-", "clang++-")
 BUILD_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+CUDA_SETTINGS = {"PYTRAIN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}  # one architecture, to take less time
+PYPI_TOOLKIT = (
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-cccl==13.0.85",
+    "nvidia-cuda-runtime==13.0.96",
+)
 BUILD_REQUIREMENTS = ("setuptools>=77.0.3", "pybind11", "ninja", "wheel", "numpy")
 
 # Runs in the installed environment, in an empty folder. Arguments: the backend that is expected.
@@ -81,12 +90,15 @@ class Row:
 def run(
     command: list[str | Path], *, cwd: Path, env: dict[str, str] | None = None, must_fail: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a clean environment (plus `env`); raise MatrixError with its last lines if it goes wrong."""
+    """Run a command in a clean environment (plus `env`); raise MatrixError with its last lines if it goes wrong.
+
+    nvcc takes minutes: only what sets PYTRAIN_CUDA has it compile.
+    """
     clean = {k: v for k, v in os.environ.items() if k not in BUILD_SETTINGS and not k.startswith("PYTRAIN_")}
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**clean, **(env or {})},
+        env={**clean, "PYTRAIN_CUDA": "0", **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -161,11 +173,13 @@ class Workshop:
         return Environment(target)
 
     def wheel(self) -> Path:
-        """The wheel as built on the pinned torch."""
+        """The wheel as built on the pinned torch; with CUDA kernels where there is nvcc."""
         if self._wheel is None:
             builder = self.environment("builder")
             target = self.folder / "wheel"
-            builder.pip("wheel", "--no-build-isolation", "--no-deps", "-w", target, ".", cwd=self.source("wheel"))
+            flags = ("--no-build-isolation", "--no-deps", "-w", target)
+            env = CUDA_SETTINGS if shutil.which("nvcc") else {}
+            builder.pip("wheel", *flags, ".", cwd=self.source("wheel"), env=env)
             (self._wheel,) = target.glob("*.whl")
         return self._wheel
 
@@ -227,13 +241,18 @@ def build(shop: Workshop) -> Row:
     start = time.perf_counter()
     run([target.python, "-m", "build"], cwd=source)
     (wheel,) = (source / "dist").glob("*.whl")
-    if not list((source / "dist").glob("pytrain-*.tar.gz")):
-        raise MatrixError("`python -m build` made no sdist")
+    (sdist,) = (source / "dist").glob("pytrain-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    sources = ("setup.py", "Makefile", "tools/*.py", "tests/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu")
+    unpacked = {str(path.relative_to(source)) for pattern in sources for path in source.glob(pattern)} - packed
+    if unpacked:
+        raise MatrixError(f"{sdist.name} lacks {sorted(unpacked)}")
     target.pip("install", wheel, cwd=source)
     seconds = time.perf_counter() - start
     names = zipfile.ZipFile(wheel).namelist()
     strangers = [n for n in names if not n.startswith(("pytrain/", "pytrain-")) or n.endswith((".h", ".cpp", ".txt"))]
-    strangers = [n for n in strangers if ".dist-info/" not in n]
+    strangers = [n for n in strangers if ".dist-info/" not in n and n != "pytrain/_cuda_reason.txt"]
     missing = [
         end
         for end in ("pytrain/_kernels.so", "pytrain/py.typed", "/licenses/LICENSE", "pytrain/optim/adamw.py")
@@ -266,12 +285,34 @@ def no_compiler(shop: Workshop) -> Row:
 
 
 def no_nvcc(shop: Workshop) -> Row:
-    """A build where there is no nvcc: the CPU kernels need none."""
-    target = shop.environment("no-nvcc")
-    seconds, _ = target.pip(
-        "install", "--no-build-isolation", ".", cwd=shop.source("no-nvcc"), env={"PATH": shop.path_without("nvcc")}
-    )
-    return target.check(backend="native", seconds=seconds)
+    """A build where there is no nvcc: the CPU kernels need none, and it says so; PYTRAIN_CUDA=1 is an error."""
+    target, source = shop.environment("no-nvcc"), shop.source("no-nvcc")
+    command = ("install", "-v", "--no-build-isolation", "--no-deps", ".")
+    env = {"PATH": shop.path_without("nvcc"), "PYTRAIN_CUDA": "auto"}
+    seconds, output = target.pip(*command, cwd=source, env=env)
+    if "WITHOUT CUDA kernels: no nvcc was found" not in output:
+        raise MatrixError("the build did not say that it left out the CUDA kernels")
+    row = target.check(backend="native", seconds=seconds)
+    _, output = target.pip(*command, cwd=source, env={**env, "PYTRAIN_CUDA": "1"}, must_fail=True)
+    if "PYTRAIN_CUDA=1, but no nvcc was found" not in output:
+        raise MatrixError(f"no clear error:\n{output[-2000:]}")
+    return row
+
+
+def pypi_nvcc(shop: Workshop) -> Row:
+    """CUDA kernels by the toolkit of PyPI, on the CPU build of torch, with no other nvcc; then without them again."""
+    target, source = shop.environment("pypi-nvcc"), shop.source("pypi-nvcc")
+    target.pip("install", "--no-deps", *PYPI_TOOLKIT, cwd=source)
+    command = ("install", "--no-build-isolation", "--no-deps", "--force-reinstall", ".")
+    env = {"PATH": shop.path_without("nvcc"), **CUDA_SETTINGS}
+    seconds, _ = target.pip(*command, cwd=source, env=env)
+    row = target.check(backend="native", seconds=seconds)
+    (library,) = target.folder.glob("lib/python*/site-packages/pytrain/_kernels_cuda.so")
+    row.notes.append(f"CUDA kernels {library.stat().st_size / 2**10:.0f} KiB")
+    target.pip(*command, cwd=source)
+    if library.exists():
+        raise MatrixError(f"PYTRAIN_CUDA=0 left {library}")
+    return row
 
 
 def clang(shop: Workshop) -> Row:
@@ -317,12 +358,15 @@ def other_torch(version: str) -> Callable[[Workshop], Row]:
         tests = shop.folder / f"tests-{version}"
         shutil.copytree(ROOT / "tests", tests / "tests", ignore=NOT_COPIED)
         shutil.copy(ROOT / "pyproject.toml", tests)
-        selection = ["-n", "2", "-m", "not slow and not matrix", "-q", "-p", "no:cacheprovider", "tests/optim"]
+        selection = ["-n", "2", "-m", "not slow and not matrix", "-q", "-p", "no:cacheprovider"]
+        selection += ["tests/optim", "tests/cuda/test_library.py"]
         done = run([target.python, "-m", "pytest", *selection], cwd=tests, env={"PYTRAIN_BACKEND": "auto"})
         row.notes.append(done.stdout.splitlines()[-1].strip("= "))
         return row
 
-    variant.__doc__ = f"Built on torch {TORCH_BUILT_ON}, run under {version}: the optimizer tests pass unchanged."
+    variant.__doc__ = (
+        f"Built on torch {TORCH_BUILT_ON}, run under {version}: the tests pass unchanged."
+    )
     return variant
 
 
@@ -334,6 +378,7 @@ VARIANTS: dict[str, Callable[[Workshop], Row]] = {
     "pure": pure,
     "no-compiler": no_compiler,
     "no-nvcc": no_nvcc,
+    "pypi-nvcc": pypi_nvcc,
     "clang": clang,
     "no-torch": no_torch,
     "compile-error": compile_error,

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <string>
 
 #include "cuda/backend.h"
 
@@ -14,21 +15,27 @@ namespace {
 
 namespace accelerator = torch::stable::accelerator;
 
+std::string version(int number) {
+  return number ? std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10) : "none";
+}
+
 // Throws what the caller's own checks throw, std::runtime_error: no frame of C or CUDA lies between here and there.
 int attribute(cudaDeviceAttr name, int64_t device) {
-  int value = 0;
+  int value = 0, driver = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, name, static_cast<int>(device));
   if (error == cudaSuccess) return value;
+  (void)cudaDriverGetVersion(&driver);
   (void)cudaGetLastError();  // it is told here, and not once more after the next launch
   STD_TORCH_CHECK(false, "pytrain's kernels cannot use device cuda:", device, ": ", cudaGetErrorString(error),
-                  " (they are built for CUDA ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10, ")");
+                  " (kernels: CUDA ", version(CUDART_VERSION), "; driver: ", version(driver), ")");
 }
 
 // As many as a device can hold at once if registers allow it. Fewer would leave it idle; more would only begin later,
 // and each block reads the launch's tables and prepares its rule anew.
 int64_t max_blocks(int64_t device) {
   static std::array<std::atomic<int64_t>, 128> known{};  // more devices than torch counts
-  std::atomic<int64_t>* const kept = device >= 0 && device < 128 ? &known[static_cast<size_t>(device)] : nullptr;
+  const auto index = static_cast<size_t>(device);
+  std::atomic<int64_t>* const kept = index < known.size() ? &known[index] : nullptr;
   if (const int64_t blocks = kept ? kept->load(std::memory_order_relaxed) : 0) return blocks;
   const int64_t resident = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) / threads;
   const int64_t blocks = attribute(cudaDevAttrMultiProcessorCount, device) * resident;
