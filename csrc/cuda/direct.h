@@ -89,8 +89,8 @@ struct Direct {
     }
   }
 
-  // Calls with(number of elements as a constant, where) for each of this thread's pieces of the chunk: first those of 16
-  // bytes, then single elements.
+  // Calls with(number of elements as a constant, where) for each of this thread's pieces of the chunk: those of 16 bytes,
+  // then single elements.
   template <class Rule, class With>
   static PT_DEVICE void each(Streams<Rule>& x, const Part& part, With with) {
     if (threadIdx.x == 0) x.set(part);
@@ -110,7 +110,8 @@ struct Direct {
     PT_SHARED(Streams<Rule>, x, 1);
     const bool zero = part.job.storage.zero_grad;
     each(*x, part, [&](auto count, int i) {
-      update_at<decltype(count)::value>(rule, *x, zero, i, std::make_integer_sequence<int, rules::state_count<Rule>()>{});
+      update_at<decltype(count)::value>(rule, *x, zero, i,
+                                        std::make_integer_sequence<int, rules::state_count<Rule>()>{});
     });
   }
 
@@ -128,8 +129,8 @@ template <>
 struct Traits<Direct<float>> {
   using Number = float;
   static constexpr int block = threads;
-  // Six blocks are three quarters of 2,048 threads, at 40 of 65,536 registers. What has more states or numbers than AdamW
-  // with AMSGrad would spill there.
+  // Six blocks are three quarters of 2,048 threads, at 40 of 65,536 registers. What has more states or numbers than
+  // AdamW with AMSGrad would spill there.
   template <class Rule>
   static constexpr int resident = rules::state_count<Rule>() <= 3 && sizeof(Rule) <= 7 * sizeof(double) ? 6 : 4;
 };

@@ -5,6 +5,7 @@
 namespace pytrain::cuda {
 namespace {
 
+PT_DEVICE double value(double x) { return x; }
 PT_DEVICE float value(float x) { return x; }
 PT_DEVICE float value(codec::Bf16 x) { return codec::decode(x); }
 PT_DEVICE float value(codec::Fp16 x) { return codec::decode(x); }
@@ -63,13 +64,13 @@ PT_DEVICE double stats_of(const Job& job, const Chunk& at) {
   const int64_t left = item.memory.numel - at.first, n = left < chunk ? left : chunk;
   switch (job.storage.param) {
     case Format::fp64:
-      return sum_squares_of(static_cast<const double*>(item.memory.grad) + at.first, n);
+      return sum_squares_of(global(static_cast<const double*>(item.memory.grad)) + at.first, n);
     case Format::bf16:
-      return sum_squares_of(static_cast<const codec::Bf16*>(item.memory.grad) + at.first, n);
+      return sum_squares_of(global(static_cast<const codec::Bf16*>(item.memory.grad)) + at.first, n);
     case Format::fp16:
-      return sum_squares_of(static_cast<const codec::Fp16*>(item.memory.grad) + at.first, n);
+      return sum_squares_of(global(static_cast<const codec::Fp16*>(item.memory.grad)) + at.first, n);
     default:
-      return sum_squares_of(static_cast<const float*>(item.memory.grad) + at.first, n);
+      return sum_squares_of(global(static_cast<const float*>(item.memory.grad)) + at.first, n);
   }
 }
 
@@ -123,15 +124,26 @@ PT_KERNEL(threads) take_stats(PT_ARGUMENT(Job) job) {
   if (is_last_block(job.ticket, drawn)) settle_stats(job, lines, first_bad);
 }
 
+// N elements of an average move towards the parameter's.
+template <int N, class T, class H>
+PT_DEVICE void average_at(T* average, const H* p, T weight) {
+  Vec<T, N> a = *reinterpret_cast<const Vec<T, N>*>(average);
+  const Vec<H, N> v = *reinterpret_cast<const Vec<H, N>*>(p);
+  for (int e = 0; e < N; ++e) a.x[e] = averaged(a.x[e], value(v.x[e]), weight);
+  *reinterpret_cast<Vec<T, N>*>(average) = a;
+}
+
 template <class T, class H>
-PT_DEVICE void average_chunk(T* average, const H* p, T weight, int64_t n) {
-  for (int64_t i = threadIdx.x; i < n; i += threads) {
-    if constexpr (std::is_same_v<T, double>) {
-      average[i] = averaged(average[i], p[i], weight);
-    } else {
-      average[i] = averaged(average[i], value(p[i]), weight);
-    }
+PT_DEVICE void average_chunk(const Item& item, int64_t first, T weight) {
+  constexpr int width = 16 / sizeof(T);
+  T* const average = global(static_cast<T*>(item.extra.ema)) + first;
+  const H* const p = global(static_cast<const H*>(item.memory.param)) + first;
+  const int64_t left = item.memory.numel - first, n = left < chunk ? left : chunk;
+  const int64_t whole = aligned<T, width>(average) && aligned<H, width>(p) ? n / width * width : 0;
+  for (int64_t i = int64_t{threadIdx.x} * width; i < whole; i += threads * width) {
+    average_at<width>(average + i, p + i, weight);
   }
+  for (int64_t i = whole + threadIdx.x; i < n; i += threads) average_at<1>(average + i, p + i, weight);
 }
 
 PT_KERNEL(threads) average(PT_ARGUMENT(Job) job) {
@@ -139,22 +151,18 @@ PT_KERNEL(threads) average(PT_ARGUMENT(Job) job) {
   for (int64_t c = job.first_chunk + blockIdx.x; c < job.n_chunks; c += gridDim.x) {
     const Chunk at = job.chunks[c];
     const Item& item = job.items[at.item];
-    const int64_t left = item.memory.numel - at.first, n = left < chunk ? left : chunk;
-    const void* const p = item.memory.param;
-    float* const to = static_cast<float*>(item.extra.ema) + at.first;
     switch (job.storage.param) {
       case Format::fp64:
-        average_chunk(static_cast<double*>(item.extra.ema) + at.first, static_cast<const double*>(p) + at.first,
-                      job.weight, n);
+        average_chunk<double, double>(item, at.first, job.weight);
         break;
       case Format::bf16:
-        average_chunk(to, static_cast<const codec::Bf16*>(p) + at.first, weight, n);
+        average_chunk<float, codec::Bf16>(item, at.first, weight);
         break;
       case Format::fp16:
-        average_chunk(to, static_cast<const codec::Fp16*>(p) + at.first, weight, n);
+        average_chunk<float, codec::Fp16>(item, at.first, weight);
         break;
       default:
-        average_chunk(to, static_cast<const float*>(p) + at.first, weight, n);
+        average_chunk<float, float>(item, at.first, weight);
     }
   }
 }
