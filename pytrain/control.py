@@ -50,9 +50,12 @@ def settle(
     if backend.facts is None:
         return settle_in_python(controls, scale, scaled, clip_groups, max_norms)
     op = torch.ops.pytrain._control.default
-    device = _common_device(controls)
-    if device is not None:
-        op(controls, _on(scale, device), scaled, clip_groups, max_norms)
+    device = controls[0].device
+    for control in controls:
+        if control.device != device:
+            break
+    else:
+        op(controls, scale if scale.device == device else _on(scale, device), scaled, clip_groups, max_norms)
         return
     here = [control.cpu() for control in controls]
     op(here, scale.cpu(), scaled, clip_groups, max_norms)
@@ -60,19 +63,10 @@ def settle(
         control.copy_(settled)
 
 
-def _common_device(tensors: Sequence[Tensor]) -> torch.device | None:
-    """The device of all, if it is one that has kernels."""
-    device = tensors[0].device
-    common = all(tensor.device == device for tensor in tensors)
-    return device if common and (device.type == "cpu" or backend.launches(device)) else None
-
-
 def _on(scale: Tensor, device: torch.device) -> Tensor:
-    """The scale on the control blocks' device, without a wait; that of no scaler is made there once."""
-    if scale.device == device:
-        return scale
+    """The scale on the control blocks' device, without a wait for a device; that of no scaler is made there once."""
     if scale is not ONE:
-        return scale.to(device, non_blocking=True)
+        return scale.to(device, non_blocking=device.type != "cpu")
     if device not in _ones:
         _ones[device] = torch.ones((), dtype=torch.float32, device=device)
     return _ones[device]
@@ -115,13 +109,16 @@ def update_scaler(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> 
     if backend.facts is None:
         return update_scaler_in_python(state, controls, policy)
     op = torch.ops.pytrain._scaler_update.default
-    if _common_device([state, *controls]) is not None:
-        op(state, controls, policy)
+    for control in controls:
+        if control.device != state.device:
+            break
     else:
-        here = state.cpu()
-        op(here, [control.cpu() for control in controls], policy)
-        state.copy_(here)
-    torch.autograd.graph.increment_version(state)
+        op(state, controls, policy)
+        torch.autograd.graph.increment_version(state)
+        return
+    here = state.cpu()
+    op(here, [control.cpu() for control in controls], policy)
+    state.copy_(here)
 
 
 def update_scaler_in_python(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> None:

@@ -346,10 +346,11 @@ struct Mixed {
   template <class Rule, class With>
   static PT_DEVICE void each(const Part& part, With with) {
     constexpr int n_warps = block / lanes;
-    using Tile = Vec<float, width>[Mixed::rows<Rule> * unit / width];
-    PT_SHARED(Tile, tiles, n_warps);
+    constexpr int n_vectors = Mixed::rows<Rule> * unit / width;  // of a warp
+    using Vector = Vec<float, width>;
+    PT_SHARED(Vector, tiles, n_warps * n_vectors);
     const int warp = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-    Row* const own_rows = reinterpret_cast<Row*>(tiles[warp]);
+    Row* const own_rows = reinterpret_cast<Row*>(tiles + warp * n_vectors);
     PT_ROLLED
     for (int64_t start = warp * unit; start < part.n; start += n_warps * unit) {
       const int64_t left = part.n - start;
@@ -377,7 +378,7 @@ struct Traits<Mixed> {
   using Number = float;
   static constexpr int block = Mixed::block;
   template <class Rule>
-  static constexpr int resident = 8;  // at 64 registers; shared memory of 16 KiB a block lets no more in
+  static constexpr int resident = rules::state_count<Rule>() <= 2 ? 8 : 6;  // 64 or 80 registers; 16 KiB shared and more
 };
 
 }  // namespace pytrain::cuda

@@ -27,6 +27,17 @@ struct RuleInfo {
   bool counts;
 };
 
+// How a segment's memory stands in for its tensors.
+constexpr uint8_t stage_grad = 1;   // the gradient lies differently in memory, or has another dtype
+constexpr uint8_t stage_param = 2;  // the parameter has gaps: it is updated in a copy without them
+
+// Both kinds of 8-bit codes are kept as uint8.
+inline Format kept_as(Format format) { return format == Format::s8 ? Format::u8 : format; }
+
+inline Format kept_as(core::Keep keep, Format param) {
+  return keep == core::Keep::master ? Format::fp32 : keep == core::Keep::low_bits ? Format::i16 : param;
+}
+
 // The tensors that a table keeps: for each row n_states states, one scale a state in 8-bit codes, what the storage
 // keeps beside the parameter, its average, n_scalars scalars, and a step count where the rule or the storage needs one.
 struct Kept {
@@ -64,7 +75,21 @@ class Table {
   int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control, Mode mode);
 
  private:
-  enum class Misfit : int;
+  enum class Misfit : int {
+    none,
+    param_kind,
+    param_format,
+    overlap,
+    grad_kind,
+    grad_shape,
+    grad_overlap,
+    state,
+    scale,
+    kept,
+    ema,
+    scalar,
+    step
+  };
   struct Found {
     Misfit misfit;
     int64_t k;
@@ -90,7 +115,7 @@ class Table {
   const bool launches_;  // it steps by launches of a device's kernels, and never reads what lies there
   const Kept kept_;
   const bool needs_extras_;
-  // Where the facts of a row's tensors lay when the table was made. Memory is called into the caches by it, nothing else.
+  // Where the facts of a row's tensors lay when the table was made: only to call memory into the caches.
   struct Place {
     const void* handle;
     const void* sizes;

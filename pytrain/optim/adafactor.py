@@ -185,6 +185,8 @@ class Adafactor(FusedOptimizer):
 
     def _unfit(self, param: Tensor) -> str:
         """Why Adafactor's kernels, unlike other optimizers', cannot take a parameter; or nothing."""
+        if param.device.type != "cpu":
+            return f"there are no kernels for Adafactor on device {param.device}"
         if param.dtype in LOW_PRECISION:
             return f"there are no kernels for Adafactor with {param.dtype} parameters"
         if param.layout == torch.strided and not param.is_contiguous():

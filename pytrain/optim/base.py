@@ -167,7 +167,7 @@ class FusedOptimizer(Optimizer):
             self._release.check_step()
         self._apply()
         if self._release is not None:
-            self._skipped |= self._release.skipped
+            self._skipped |= self._release.any_skipped()
             self._release.finish()
         return loss
 

@@ -303,7 +303,7 @@ class Settled:
                 plan.pairs = None
         if plan.pairs is None:
             code = self.call_with_lists(work, last_try, mode)
-        if mode == STATS and code < 0:
+        if self.unbegun and mode == STATS and code < 0:
             self.unbegun.discard(plan.device)
         if code == APPLIED and mode >= WRITE:
             torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)

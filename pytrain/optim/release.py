@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pytrain.optim import slow
-from pytrain.optim.plan import APPLIED, SKIPPED, STATS, WRITE, Plan, Settled, settle
+from pytrain.optim.plan import APPLIED, FOUND_INF, SKIPPED, STATS, WRITE, Plan, Settled, settle
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -32,6 +32,7 @@ class Release:
         self.rows: dict[int, tuple[Plan, int]] = {}
         self.settled: Settled | None = None
         self.skipped = False
+        self.flags: list[Tensor] = []  # of parameters on devices that the host has not asked yet
 
     def watch(self, params: list[Tensor]) -> None:
         """Step these parameters from now on as soon as they have a gradient."""
@@ -53,6 +54,11 @@ class Release:
         """The step of this backward is complete."""
         self.stepped.clear()
         self.skipped = False
+        self.flags.clear()
+
+    def any_skipped(self) -> bool:
+        """Whether this backward has left out a parameter; waits for its device where that has not told yet."""
+        return self.skipped or any(bool(flag != 0) for flag in self.flags)
 
     @torch.no_grad()
     def arrived(self, param: Tensor) -> None:
@@ -91,9 +97,13 @@ class Release:
         if id(param) in self.rows:
             plan, k = self.rows[id(param)]
             work = plan, [param], [grad], [k]
-            if settled.coded and settled.call(work, True, STATS) == SKIPPED:
-                settled.begin(1.0)
-                return SKIPPED
+            if settled.coded:
+                settled.begin(1.0)  # each parameter is skipped by itself
+                code = settled.call(work, True, STATS)
+                if plan.device in settled.remote:
+                    self.flags += [settled.remote[plan.device][FOUND_INF].clone()]
+                elif code == SKIPPED or settled.block[FOUND_INF]:
+                    return SKIPPED
             return settled.call(work, True, WRITE)
         entry = next(other.entry for other in settled.slow if other.entry.param is param)
         slow.check(optimizer, entry)

@@ -228,7 +228,7 @@ BAD_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"col_vars": torch.zeros(4).double()}, r"col_vars\[1\] is not float32 as expected"),
     ({"col_vars": torch.zeros(8)[::2]}, r"col_vars\[1\] is not a contiguous tensor on the CPU"),
     ({"steps": torch.zeros(2)}, r"steps\[1\] has shape \(2\), expected \(\)"),
-    ({"control": torch.zeros(3).double()}, r"control must be a contiguous float64 CPU tensor of 5 \+ 18 x"),
+    ({"control": torch.zeros(3).double()}, r"control must be a contiguous float64 tensor of 5 \+ 18 x"),
 ]
 
 
