@@ -51,7 +51,9 @@ struct Stats {
   void change(World& world) const {
     for (size_t k = 0; k < world.segments.size(); ++k) {
       const Segment& s = world.segments[k];
-      for (int64_t i = 0; i < s.numel && scale != 1.0; ++i) put(kind.param, s.grad, i, get(kind.param, s.grad, i) * scale);
+      for (int64_t i = 0; i < s.numel && scale != 1.0; ++i) {
+        put(kind.param, s.grad, i, get(kind.param, s.grad, i) * scale);
+      }
     }
     if (of >= 0) put(kind.param, world.segments[of].grad, at, value);
   }
@@ -63,7 +65,8 @@ struct Stats {
     const double expected = !bad ? earlier : earlier < 0.0 ? index : std::min(index, earlier);
     checks.check(world.head().found_inf == (bad ? 1.0 : 0.0), (what + ": found_inf").c_str(), world.head().found_inf);
     checks.check(world.head().first_bad == expected, (what + ": first_bad").c_str(), world.head().first_bad);
-    if (fresh) checks.check(world.row(0).clip_coef == 1.0 && world.head().clip_value == 0.0, (what + ": fresh").c_str());
+    const bool begun = world.row(0).clip_coef == 1.0 && world.head().clip_value == 0.0;
+    checks.check(begun || !fresh, (what + ": begun").c_str());
     for (int64_t g = 0; g < world.groups(); ++g) {
       long double sum = 0.0L;
       for (size_t k = 0; k < world.segments.size(); ++k) {
@@ -244,7 +247,7 @@ void check_control() {
 int main(int argc, char** argv) {
   bool few = false;
   for (int i = 1; i < argc; ++i) {
-    if (!std::strcmp(argv[i], "traffic")) return print_traffic();
+    if (!std::strcmp(argv[i], "traffic")) return print_traffic(rules::All{});
     few |= !std::strcmp(argv[i], "few");
     if (!std::strcmp(argv[i], "forward")) n_orders = 1;
   }

@@ -91,10 +91,10 @@ struct Stepper {
     World expected(rule, storage_of(kind, rule), shape);
     std::vector<double> totals;
     for (int o = 0; o < n_orders; ++o) {
-      const std::string what = std::string(rule.name) + " in " + kind.name + ", " + std::to_string(shape.counts.size()) +
-                               " parameters, shifted " + std::to_string(shape.shifted) + ", " +
-                               std::to_string(shape.groups) + " groups, " + std::to_string(how.blocks) + " blocks, " +
-                               orders[o].name;
+      const std::string where = std::to_string(shape.counts.size()) + " parameters, shifted " +
+                                std::to_string(shape.shifted) + ", " + std::to_string(shape.groups) + " groups, " +
+                                std::to_string(how.blocks) + " blocks, " + orders[o].name;
+      const std::string what = std::string(rule.name) + " in " + kind.name + ", " + where;
       pytrain_simt_order(orders[o].order, orders[o].seed);
       World world(rule, expected.storage, shape);
       launch(world, rule.index, rule.n_sums > 0, how);

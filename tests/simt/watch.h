@@ -1,4 +1,4 @@
-// What the race and traffic checker (watch.cpp) is told by the shim, and what it tells. Other builds link nothing of it.
+// What the race and traffic checker (watch.cpp) is told by the shim, and what it tells. Other builds link none of it.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,7 @@ void watch_shared(const void* memory, size_t bytes);            // a shared arra
 void watch_memory(const void* memory, size_t bytes, bool counted);  // device memory; traffic is of what is counted
 void forget_memory(const void* memory);
 int64_t conflicts();  // so far
-Traffic take_traffic();
+Traffic take_traffic();  // counts from the first call on
 #else
 constexpr bool watching = false;
 inline void watch_launch() {}
