@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from pytrain import backend
 from pytrain.control import (
     BAD_OPTIMIZER,
     BAD_PARAM,
@@ -131,16 +132,20 @@ class LossScaler:
         self._place(self._state)
         self.stages: list[Stage] = []
         self._updates = 0
+        self._order: list[
+            weakref.ref[Optimizer]
+        ] = []  # the last step's, where only the device knows
         self._first_bad: weakref.ref[Optimizer] | None = None  # whose optimizer's the last row of skips began with
         self.window = False  # is a pytrain.open_step under way, which updates at its end?
 
     def _place(self, state: Tensor) -> None:
         self._state, self.current = state, state[SCALE]  # current: the scale, fp32, shape (); it changes in place
-        self._numbers = state.numpy() if state.device.type == "cpu" else None
+        seen = state.device.type == "cpu" and not backend.is_remote(state.device)
+        self._numbers = state.numpy() if seen else None
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_between("copy")
-        return {**self.__dict__, "current": None, "_numbers": None, "_first_bad": None}
+        return {**self.__dict__, "current": None, "_numbers": None, "_first_bad": None, "_order": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -259,6 +264,8 @@ class LossScaler:
             controls += [_found(stage) if stage.control is None else stage.control]
         update_scaler(self._state, controls, self.rules)
         self._updates += 1
+        if self._numbers is None:
+            self._order = [weakref.ref(stage.optimizer) for stage in stages]
         row = self._numbers[SKIPPED_IN_A_ROW] if self._numbers is not None else 0
         if row == 1:
             self._first_bad = weakref.ref(stages[int(self._state[BAD_OPTIMIZER])].optimizer)
@@ -407,6 +414,8 @@ class LossScaler:
         row = values[SKIPPED_IN_A_ROW]
         if row < self.max_skipped_in_a_row:
             return
+        if self._numbers is None and 0 <= (place := int(values[BAD_OPTIMIZER])) < len(self._order):
+            self._first_bad = self._order[place]
         scale, static = float(values[SCALE]), self.policy_name == "static"
         if not static and scale > max(_fp32(self.rules.min_scale), LOWEST):
             return

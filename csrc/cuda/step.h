@@ -117,13 +117,32 @@ PT_DEVICE void advance(const Job& job) {
   }
 }
 
+// All that a skipped step writes: zeros where gradients are zeroed in the step. Kept, one inf would poison every later one.
+PT_DEVICE void forget_gradients(const Job& job) {
+  using Word = uint16_t;  // every format of a gradient is a number of them
+  constexpr int width = 16 / sizeof(Word);
+  if (!job.storage.zero_grad) return;
+  const int64_t size = core::bytes(job.storage.param) / static_cast<int64_t>(sizeof(Word));
+  for (int64_t c = job.first_chunk + blockIdx.x; c < job.n_chunks; c += gridDim.x) {
+    const Chunk at = job.chunks[c];
+    const Item& item = job.items[at.item];
+    const int64_t left = item.memory.numel - at.first, n = (left < chunk ? left : chunk) * size;
+    Word* const to = global(static_cast<Word*>(item.memory.grad)) + at.first * size;
+    const int64_t whole = aligned<Word, width>(to) ? n / width * width : 0;
+    for (int64_t i = int64_t{threadIdx.x} * width; i < whole; i += int64_t{blockDim.x} * width) {
+      *reinterpret_cast<Vec<Word, width>*>(to + i) = Vec<Word, width>{};
+    }
+    for (int64_t i = whole + threadIdx.x; i < n; i += blockDim.x) to[i] = 0;
+  }
+}
+
 template <class Rule, class Loop>
 PT_RESIDENT_KERNEL(Traits<Loop>::block, Traits<Loop>::template resident<Rule>) update(PT_ARGUMENT(Job) job) {
   static_assert(std::is_trivially_copyable_v<Rule> && sizeof(Rule) % sizeof(double) == 0);
   using Here = Turn<Rule, typename Traits<Loop>::Number>;
   PT_SHARED(Here, turn, 1);
   PT_SHARED(unsigned, drawn, 1);
-  if (is_skipped(job)) return;
+  if (is_skipped(job)) return forget_gradients(job);
   each_turn(job, true, *turn, [&] { Loop::update(turn->rule(), turn->part(job)); });
   if (is_last_block(job.ticket, drawn)) advance<Rule, Traits<Loop>::block>(job);
 }

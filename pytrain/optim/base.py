@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pytrain import backend
-from pytrain.optim.plan import SKIPPED, WRITE, WRITE_FITTED, Settled, settle
+from pytrain.optim.plan import FOUND_INF, SKIPPED, WRITE, WRITE_FITTED, Settled, settle
 from pytrain.optim.release import Release
 from pytrain.optim.slow import zero
 from pytrain.optim.states import plain
@@ -82,7 +82,7 @@ class FusedOptimizer(Optimizer):
         self._settled: Settled | None = None
         self._loading: dict[str, Any] | None = None
         self._warned: set[str] = set()
-        self._skipped = False
+        self._skipped: bool | Tensor = False  # a control block on a device, where only that knows
         self._swapped = False
         self._measured: Settled | None = None
         self.averages: dict[int, Tensor] = {}
@@ -115,8 +115,8 @@ class FusedOptimizer(Optimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last `step` did nothing because the loss scaler had found an inf or nan gradient."""
-        return self._skipped
+        """Whether the last `step` did nothing because a gradient was inf or nan; waits for its device."""
+        return bool(self._skipped[FOUND_INF] != 0) if isinstance(self._skipped, Tensor) else self._skipped
 
     @property
     def choices(self) -> list[backend.Choice]:
@@ -167,7 +167,7 @@ class FusedOptimizer(Optimizer):
             self._release.check_step()
         self._apply()
         if self._release is not None:
-            self._skipped |= self._release.any_skipped()
+            self._skipped = self.step_was_skipped or self._release.any_skipped()
             self._release.finish()
         return loss
 
@@ -287,7 +287,7 @@ class FusedOptimizer(Optimizer):
             settled.gather(self)
             settled.stats(True)
         code = settled.write(self, True, mode)
-        self._skipped = False
+        self._skipped = settled.control if settled.remote and not settled.merges else False
         if code == SKIPPED:
             self._forget_first(settled)
             self.skip()
@@ -299,7 +299,7 @@ class FusedOptimizer(Optimizer):
 
     def done(self) -> frozenset[int]:
         """The ids of the parameters whose averages, lent by `measure`, the last step has moved."""
-        return frozenset() if self._settled is None or self._skipped else self._settled.averaged
+        return frozenset() if self._settled is None or self.step_was_skipped else self._settled.averaged
 
     def abandon(self) -> None:
         """Take back a `measure` whose pass 2 will not come."""

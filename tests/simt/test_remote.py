@@ -1,0 +1,155 @@
+"""What holds where the host cannot look into a device's memory: shown on the CPU, with control blocks kept apart.
+
+PYTRAIN_SIMT_REMOTE=1 has every control block in memory that the host writes by launches only, as on a GPU, so that
+this file runs itself in a process with that set.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+import pytrain
+from pytrain import backend
+from pytrain.amp import LossScaler
+from pytrain.optim import REGISTRY
+
+REMOTE = backend.simulated and os.environ.get("PYTRAIN_SIMT_REMOTE") == "1"
+here = pytest.mark.skipif(not REMOTE, reason="run by test_on_a_device_that_the_host_cannot_see in its own process")
+KERNELS = sorted(name for name, cls in REGISTRY.items() if cls.takes_control)
+READS = {"item", "__bool__", "__float__", "__int__", "__index__", "tolist", "cpu", "numpy", "__array__", "__len__"}
+
+
+def test_on_a_device_that_the_host_cannot_see() -> None:
+    """All others of this file."""
+    if REMOTE:
+        return
+    sys.path.insert(0, str(Path(__file__).parent))
+    from build import build
+
+    build()
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__))],
+        env={**os.environ, "PYTRAIN_BACKEND": "simt", "PYTRAIN_SIMT_REMOTE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout
+
+
+class NoReads(TorchFunctionMode):
+    """Notes every question of the host about a tensor's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in READS or (name == "to" and any(str(a) == "cpu" for a in args)):
+            self.reads.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def problem(bad: float | None = None) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 7), (300,), ())]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    if bad is not None:
+        params[1].grad[7] = bad  # type: ignore[index]
+    return params
+
+
+def everything(optimizer: Any) -> list[Tensor]:
+    params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return params + [v for p in optimizer.state.values() for v in p.values() if isinstance(v, Tensor)]
+
+
+@here
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_step_asks_the_device_nothing(name: str) -> None:
+    params = problem()
+    optimizer, scaler = REGISTRY[name](params), LossScaler(init_scale=4.0)  # type: ignore[arg-type]
+    pytrain.step(optimizer, scaler, max_norm=1.0)
+    with NoReads() as seen:
+        for _ in range(3):
+            info = pytrain.step(optimizer, scaler, max_norm=1.0)
+    assert seen.reads == []
+    assert info.applied and info.scale == 4.0 and not optimizer.step_was_skipped
+
+
+@here
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_skip_that_only_the_device_knows_of_writes_nothing(name: str, bad: float) -> None:
+    params = problem()
+    optimizer, scaler = REGISTRY[name](params), LossScaler(init_scale=4.0)  # type: ignore[arg-type]
+    pytrain.step(optimizer, scaler)
+    before = [x.clone() for x in everything(optimizer)]
+    params[1].grad[7] = bad  # type: ignore[index]
+    with NoReads() as seen:
+        info = pytrain.step(optimizer, scaler, max_norm=1.0)
+    assert seen.reads == []
+    assert not info.applied and info.first_bad == 1 and optimizer.step_was_skipped and scaler.get_scale() == 2.0
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer), strict=True))
+    params[1].grad[7] = 1.0  # type: ignore[index]
+    assert pytrain.step(optimizer, scaler).applied and not optimizer.step_was_skipped
+    assert any(not torch.equal(a, b) for a, b in zip(before, everything(optimizer), strict=True))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_skip_zeroes_the_gradients_where_the_step_does(dtype: torch.dtype) -> None:
+    params = [Parameter(p.detach().to(dtype)) for p in problem()] + [Parameter(torch.ones(9000, dtype=dtype)[1:])]
+    optimizer = REGISTRY["adamw"](params, lr=0.1, zero_grad_in_step=True)  # type: ignore[call-arg, arg-type]
+    for bad in (1.0, float("inf"), 1.0):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        params[1].grad[7] = bad  # type: ignore[index]
+        before = [p.detach().clone() for p in params]
+        assert pytrain.step(optimizer).applied == (bad == 1.0)
+        assert all((p.grad == 0).all() for p in params)  # type: ignore[union-attr]
+        moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+        assert all(moved) if bad == 1.0 else not any(moved)
+
+
+@here
+def test_one_norm_over_two_optimizers_is_made_on_the_device() -> None:
+    a, b = problem(), problem()
+    first, second = REGISTRY["sgd"](a, lr=1.0), REGISTRY["sgd"](b, lr=1.0)  # type: ignore[call-arg, arg-type]
+    pytrain.step([first, second], max_norm=1.0, clip_per="all")
+    before = [p.detach().clone() for p in a]
+    with NoReads() as seen:
+        pytrain.step([first, second], max_norm=1.0, clip_per="all")
+    assert seen.reads == []
+    norm = torch.sqrt(2 * sum(p.grad.double().square().sum() for p in a))  # type: ignore[union-attr, arg-type]
+    for p, old in zip(a, before, strict=True):
+        torch.testing.assert_close(p.detach(), old - (p.grad / norm).float())  # type: ignore[operator]
+
+
+@here
+def test_more_param_groups_than_a_launch_carries() -> None:
+    params, twins = [Parameter(torch.ones(3)) for _ in range(40)], [Parameter(torch.ones(3)) for _ in range(40)]
+    for p, q in zip(params, twins, strict=True):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+    groups = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(params)]
+    exact = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(twins)]
+    ours, theirs = REGISTRY["adamw"](groups), torch.optim.AdamW(exact)  # type: ignore[arg-type]
+    for step in range(3):
+        pytrain.step(ours, max_norm=1e9)
+        theirs.step()
+        ours.param_groups[5]["lr"] = theirs.param_groups[5]["lr"] = 0.3 / (step + 1)
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
