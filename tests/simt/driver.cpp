@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda without torch and without a GPU: every launch against a plain reference.
 //
-// Arguments: "forward" for one order of blocks and threads instead of four, "few" for fewer cases.
+// Arguments: "forward" for one order of blocks and threads instead of four, "few" for fewer cases, "traffic" for the
+// bytes that are moved instead; and which areas to test: fp32, fp64, mixed (steps of these classes), stats, control.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -22,10 +23,11 @@ struct Stats {
   const Kind& kind;
   Shape shape;
   bool fresh;
-  // Element `at` of parameter `of` becomes `value`.
+  // Element `at` of parameter `of` becomes `value`, and the first one of `also`.
   int64_t of = -1, at = 0;
   double value = 0.0;
   double scale = 1.0;  // of all gradients
+  int64_t also = -1;
 
   void check() const {
     const RuleUnderTest rule = rule_under_test<rules::SGD>(0);
@@ -56,6 +58,7 @@ struct Stats {
       }
     }
     if (of >= 0) put(kind.param, world.segments[of].grad, at, value);
+    if (also >= 0) put(kind.param, world.segments[also].grad, 0, value);
   }
 
   void compare(World& world, const std::string& what) const {
@@ -70,14 +73,15 @@ struct Stats {
     for (int64_t g = 0; g < world.groups(); ++g) {
       long double sum = 0.0L;
       for (size_t k = 0; k < world.segments.size(); ++k) {
-        if (world.segments[k].group != g || (bad && static_cast<int64_t>(k) == of)) continue;
+        const auto number = static_cast<int64_t>(k);
+        if (world.segments[k].group != g || (bad && (number == of || number == also))) continue;
         for (int64_t i = 0; i < world.segments[k].numel; ++i) {
           const long double x = get(kind.param, world.segments[k].grad, i);
           sum += x * x;
         }
       }
       const long double apart = std::fabs(static_cast<long double>(world.row(g).sumsq) - (fresh ? 0.0L : 3.0L) - sum);
-      const double bound = kind.param == fp64 ? 1e-13 : 9 * 0x1p-24;  // eight squares in fp32
+      const double bound = 0x1p-42;  // that of what a thread adds up is 2^-44
       checks.check(apart <= bound * sum + (fresh ? 0.0L : 1e-15L), (what + ": sum of squares").c_str(),
                    static_cast<double>(apart / sum));
     }
@@ -106,6 +110,7 @@ void check_stats() {
       }
     }
     Stats{kind, {{700, 4100, 1}, 0, 2}, false, 2, 0, HUGE_VAL}.check();
+    Stats{kind, {{10, 700, 20, 20, 9}, 0, 2}, true, 1, 3, HUGE_VAL, 1.0, 3}.check();
   }
   for (const double scale : {1e-30, 1e25, 1e19}) Stats{plain[0], {{700, 4100}, 0, 2}, true, -1, 0, 0.0, scale}.check();
 }
@@ -245,16 +250,24 @@ void check_control() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool few = false;
+  bool few = false, traffic = false;
   for (int i = 1; i < argc; ++i) {
-    if (!std::strcmp(argv[i], "traffic")) return print_traffic(rules::All{});
-    few |= !std::strcmp(argv[i], "few");
-    if (!std::strcmp(argv[i], "forward")) n_orders = 1;
+    const std::string word = argv[i];
+    if (word == "few") {
+      few = true;
+    } else if (word == "forward") {
+      n_orders = 1;
+    } else if (word == "traffic") {
+      traffic = true;
+    } else {
+      areas.push_back(word);
+    }
   }
-  check_uploads();
-  check_control();
-  check_averages();
-  check_stats();
+  if (traffic) return print_traffic(rules::All{});
+  if (wanted("control")) check_uploads();
+  if (wanted("control")) check_control();
+  if (wanted("stats")) check_averages();
+  if (wanted("stats")) check_stats();
   check_rules(rules::All{}, few);
   if (simt::watching) checks.check(simt::conflicts() == 0, "no races", static_cast<double>(simt::conflicts()));
   return checks.finish();

@@ -43,6 +43,7 @@ struct Meter {
 
   void step(const RuleUnderTest& rule, const Kind& kind, const Shape& shape, const std::string& name) {
     const Storage storage = storage_of(kind, rule);
+    if (!wanted(storage)) return;
     World world(rule, storage, shape);
     world.settings(true, true);
     const cuda::Class type = class_of(storage);
@@ -66,6 +67,7 @@ struct Meter {
     step(rule, kinds[0], {{4097}, 0, 1}, "adamw in fp32, a tail of one");
     step(rule, kinds[0], {{n}, 1u << of_grad, 1}, "adamw in fp32, the gradient one element off");
     step(rule, kinds[2], {{n}, every_stream, 1}, "adamw in bf16, all one element off");
+    if (!wanted("fp32") || !wanted("stats")) return;
     World world(rule, storage_of(kinds[4], rule), {{n}, 0, 1});
     row("adamw in fp32, averaged, gradients zeroed, with pass 1", n, 0.0, [&] {
       world.settings(true, true);
@@ -83,6 +85,7 @@ struct Meter {
       world.settings(true, true);
       world.job.weight = 0.25;
       const double one = static_cast<double>(bytes(kind.param)), wide = kind.param == Format::fp64 ? 8.0 : 4.0;
+      if (!wanted("stats")) continue;
       row(std::string("pass 1 in ") + kind.name, n, one, [&] { must(backend().stats(world.job, 2, nullptr)); });
       row(std::string("averages of ") + kind.name, n, one + 2.0 * wide,
           [&] { must(backend().average(world.job, 2, nullptr)); });

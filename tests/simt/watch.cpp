@@ -224,7 +224,9 @@ void access(const void* memory, size_t size, bool write, bool atomic, const void
   if (!range) return;
   const char* race = nullptr;
   for (size_t i = 0; i < size; ++i) {
-    const char* const found = check(range->bytes.get()[at + i - range->begin], at + i, write, atomic);
+    Byte& b = range->bytes.get()[at + i - range->begin];
+    if (!write && range->shared && b.write.launch == 0) race = "nothing that was written there";
+    const char* const found = check(b, at + i, write, atomic);
     race = race ? race : found;
   }
   if (race) report(*range, at, write, race);
