@@ -56,3 +56,12 @@ $(DEPENDENCIES): pyproject.toml
 $(NATIVE): $(DEPENDENCIES) $(SOURCES)
 	PYTRAIN_CUDA=0 $(BUILD)
 	touch $@
+
+# On a CUDA device where there is one; else the same code on the CPU, where the kernels are simulated.
+.PHONY: test-gpu bench-gpu
+
+test-gpu: $(NATIVE)
+	$(BIN)/python tests/gpu
+
+bench-gpu: $(NATIVE)
+	$(BIN)/python benchmarks/bench_gpu.py

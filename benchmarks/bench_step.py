@@ -37,12 +37,12 @@ LR, MAX_NORM, DECAY, SCALE = 1e-4, 1.0, 0.999, 1024.0
 class Steps:
     """Parameters with gradients, refilled before each step as a backward would."""
 
-    def __init__(self, case: Case, whole: bool) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, case: Case, whole: bool, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
         self.whole = whole
-        self.params = [nn.Parameter(0.02 * torch.randn(s, generator=generator)) for s in case.shapes]
+        self.params = [nn.Parameter(0.02 * torch.randn(s, generator=generator, device=device)) for s in case.shapes]
         scale = SCALE if whole else 1.0
-        self.given = [scale * torch.randn(s, generator=generator) for s in case.shapes]
+        self.given = [scale * torch.randn(s, generator=generator, device=device) for s in case.shapes]
         for p, g in zip(self.params, self.given, strict=True):
             p.grad = g.clone()
         self.grads = [p.grad for p in self.params if p.grad is not None]
@@ -63,8 +63,8 @@ class Steps:
 class Ours(Steps):
     """pytrain's two passes."""
 
-    def __init__(self, case: Case, whole: bool) -> None:
-        super().__init__(case, whole)
+    def __init__(self, case: Case, whole: bool, device: str = "cpu") -> None:
+        super().__init__(case, whole, device)
         self.optimizer = AdamW(self.params, lr=LR, zero_grad_in_step=whole)
         self.scaler = LossScaler(init_scale=SCALE) if whole else None
         self.ema = EMA(nn.ParameterList(self.params), DECAY) if whole else None
@@ -79,11 +79,11 @@ class Ours(Steps):
 class Torch(Steps):
     """torch's fastest way to the same."""
 
-    def __init__(self, case: Case, whole: bool) -> None:
-        super().__init__(case, whole)
+    def __init__(self, case: Case, whole: bool, device: str = "cpu") -> None:
+        super().__init__(case, whole, device)
         self.optimizer = torch.optim.AdamW(self.params, lr=LR, fused=True)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-        self.scaler.scale(torch.zeros(()))
+        self.scaler = torch.amp.GradScaler(device, init_scale=SCALE)
+        self.scaler.scale(torch.zeros((), device=device))
         self.ema = [p.detach().clone() for p in self.params] if whole else []
         self.average, self.first = get_ema_multi_avg_fn(DECAY), True
 
@@ -108,9 +108,9 @@ class Torch(Steps):
             torch._foreach_zero_(self.grads)
 
 
-def check(case: Case, whole: bool) -> None:
+def check(case: Case, whole: bool, device: str = "cpu") -> None:
     """Raise AssertionError where three steps of both do not agree."""
-    ours, theirs = Ours(case.sample(), whole), Torch(case.sample(), whole)
+    ours, theirs = Ours(case.sample(), whole, device), Torch(case.sample(), whole, device)
     for _ in range(3):
         for one in (ours, theirs):
             one.prepare()

@@ -19,11 +19,10 @@ def has_fused(cls: type[torch.optim.Optimizer]) -> bool:
     return "fused" in inspect.signature(cls).parameters
 
 
-def gpt2() -> list[tuple[int, ...]]:
-    """GPT-2 small: 148 tensors, 124 M elements."""
-    d = 768
+def gpt2(d: int = 768, layers: int = 12) -> list[tuple[int, ...]]:
+    """GPT-2 of a width: the small one has 148 tensors, 124 M elements."""
     block = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
+    return [(50257, d), (1024, d), *block * layers, (d,), (d,)]
 
 
 def resnet50() -> list[tuple[int, ...]]:

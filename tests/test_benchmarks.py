@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_formats
+import bench_gpu
 import bench_optim
 import bench_release
 import bench_rules
@@ -200,3 +203,65 @@ def test_step_refuses_results_that_differ(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(bench_step.Ours, "run", lambda self: self.optimizer.step())
     with pytest.raises(AssertionError, match="results differ"):
         bench_step.check(bench_step.QUICK[1], whole=False)
+
+
+SIMULATED = Path(backend.__file__).with_name("_kernels_simt.so")
+needs_simulation = pytest.mark.skipif(
+    not SIMULATED.exists() or torch.cuda.is_available(),
+    reason="needs the kernels that are simulated (python tests/simt/build.py) and no CUDA device",
+)
+
+
+def simulate(*command: str | Path) -> str:
+    """What a command prints that runs the CUDA kernels on the CPU."""
+    environment = {**os.environ, "PYTRAIN_BACKEND": "simt", "PYTRAIN_SIMT_REMOTE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@needs_simulation
+def test_what_waits_for_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    file, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    printed = simulate(Path(bench_gpu.__file__), "--quick", "--json", file, "--page", page)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row["case"] for row in rows} == {case.name for case in bench_gpu.QUICK}
+    assert {row["rival"] for row in rows} == {"torch fused", "torch foreach", "torch fused fp32", "torch's parts"}
+    assert all(row["ms"]["ours"] > 0 and row["wall_ms"]["copy"] > 0 and row["met"] is None for row in rows)
+    formats = {f"AdamW {form.name}" for form in bench_formats.FORMATS if form.name != "fp32"}
+    assert {row["what"] for row in rows} == {"AdamW", *formats, bench_step.WHOLE, bench_step.CLIP}
+    assert "mean nothing" in page.read_text() and page.read_text() in printed
+    table = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
+
+
+@needs_simulation
+@pytest.mark.parametrize("some", ["tiny or devices or bad_gradient", pytest.param("", marks=pytest.mark.slow)])
+def test_the_tests_of_the_gpu_run_without_one(some: str) -> None:
+    folder = Path(__file__).parent / "gpu"
+    printed = simulate("-m", "pytest", folder, "-q", "-p", "no:cacheprovider", "-k", some)
+    assert " passed" in printed and "failed" not in printed
+
+
+@pytest.mark.parametrize(
+    ("case", "ratios", "share", "expected"),
+    [
+        (bench_gpu.SMALL, (1.0, 0.5), 0.92, True),
+        (bench_gpu.SMALL, (0.99, 2.0), 0.92, False),
+        (bench_gpu.SMALL, (1.0, 2.0), 0.91, False),
+        (bench_gpu.TINY, (1.0, 3.0), 0.1, True),
+        (bench_gpu.TINY, (9.0, 2.9), 0.1, False),
+    ],
+)
+def test_targets_of_the_gpu_are_kept_apart(
+    case: Case, ratios: tuple[float, float], share: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_gpu, "HAS_CUDA", True)
+    assert bench_gpu.target("AdamW", case, "torch fused", ratios, share)["met"] is expected
+    assert bench_gpu.target("AdamW", case, "torch foreach", ratios, share)["met"] is None
+
+
+def test_gpt2_has_its_sizes() -> None:
+    sizes = {case.name: case.elements for case in bench_gpu.CASES}
+    assert sizes["GPT-2 XL"] == 1_557_611_200 and sizes["GPT-2 medium"] == 354_823_168
