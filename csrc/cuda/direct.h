@@ -89,8 +89,8 @@ struct Direct {
     }
   }
 
-  // Calls with(number of elements as a constant, where) for each of this thread's pieces of the chunk: those of 16 bytes,
-  // then single elements.
+  // Calls with(number of elements as a constant, where) for each of this thread's pieces of the chunk: those of 16
+  // bytes, then single elements.
   template <class Rule, class With>
   static PT_DEVICE void each(Streams<Rule>& x, const Part& part, With with) {
     if (threadIdx.x == 0) x.set(part);

@@ -117,7 +117,8 @@ PT_DEVICE void advance(const Job& job) {
   }
 }
 
-// All that a skipped step writes: zeros where gradients are zeroed in the step. Kept, one inf would poison every later one.
+// All that a skipped step writes: zeros where gradients are zeroed in the step. Kept, one inf would poison every later
+// one.
 PT_DEVICE void forget_gradients(const Job& job) {
   using Word = uint16_t;  // every format of a gradient is a number of them
   constexpr int width = 16 / sizeof(Word);
