@@ -19,12 +19,14 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from build import KERNELS, ROOT, compile_all
 
 HERE = ROOT / "tests" / "simt"
 BUDGETS = HERE / "budgets.json"
+DOCS = ROOT / "docs" / "simt.md"
 # Between them each number of states and sums, scalars, and both ways of measuring.
 FEW = ("SGD", "AdamW", "AdamWAmsgrad", "NAdam", "Lamb", "NovoGrad")
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -109,7 +111,7 @@ def run(program: Path, *arguments: str, timeout: float = 600.0) -> subprocess.Co
 # ---- traffic -------------------------------------------------------------------------------------------------------
 
 
-def compare(measured: dict[str, object], budgets: dict[str, object]) -> list[str]:
+def compare(measured: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
     """What differs between what was measured and the budgets."""
     wrong = [f"{key}: no budget" for key in measured if key not in budgets]
     wrong += [f"{key}: not measured" for key in budgets if key not in measured]
@@ -119,17 +121,32 @@ def compare(measured: dict[str, object], budgets: dict[str, object]) -> list[str
     return wrong
 
 
-def write_budgets(measured: dict[str, object]) -> None:
-    """One line a launch, so that a change shows as one."""
+def write_budgets(measured: dict[str, Any]) -> None:
+    """One line a launch, so that a change shows as one; and some of them as a table into the docs."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in measured.items())
     BUDGETS.write_text(f"{{\n{lines}\n}}\n")
+    rows = "| AdamW in | bytes a parameter | share of touched sectors | accesses for 4,096 parameters |\n"
+    rows += "|---|--:|--:|---|\n"
+    for key, value in measured.items():
+        if key.startswith("adamw in "):
+            widths = ", ".join(f"{count:g} of {width} bytes" for width, count in value["accesses"].items())
+            rows += f"| {key[9:]} | {value['bytes']:g} | {100 * value['efficiency']:.1f} % | {widths} |\n"
+    put_into(DOCS, "budgets", rows)
+
+
+def put_into(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a page's marks."""
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+    page.write_text(re.sub(f"(?s){begin}.*?{end}", lambda _: begin + text + end, page.read_text()))
 
 
 def main(argv: list[str]) -> int:
     """Run the modes asked for; 1 if one of them finds something."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("modes", nargs="*", metavar="MODE", help=", ".join(MODES))
-    options.add_argument("--write", action="store_true", help="write budgets.json from what is measured")
+    options.add_argument(
+        "--write", action="store_true", help="write budgets.json, and the docs' table, from what is measured"
+    )
     options.add_argument("--all", action="store_true", help="every rule, in the modes with a few")
     args = options.parse_args(argv)
     unknown = set(args.modes) - set(MODES)
