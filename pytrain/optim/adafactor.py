@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from pytrain import backend
 from pytrain.optim.base import FusedOptimizer, Options, check_range, decayed, scalar
-from pytrain.optim.plan import APPLIED, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW, INV_SCALE
+from pytrain.optim.plan import CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW, INV_SCALE
 from pytrain.optim.slow import check_disjoint
 from pytrain.optim.states import UnfitError, lay_out_number
 from pytrain.optim.storage import LOW_PRECISION
@@ -153,7 +153,7 @@ class Adafactor(FusedOptimizer):
         return super().state_dict()
 
     @torch.no_grad()
-    def _run(self, inv_scale: float) -> int:
+    def _run(self, inv_scale: float) -> None:
         seen: set[int] = set()
         native: list[tuple[Tensor, int]] = []
         slow: list[tuple[Tensor, int]] = []
@@ -178,7 +178,6 @@ class Adafactor(FusedOptimizer):
             self._step_native(native, inv_scale)
         for param, index in slow:
             self._step_one(param, self.param_groups[index], inv_scale)
-        return APPLIED
 
     def _choice(self, param: Tensor, group: dict[str, Any]) -> backend.Choice:
         return backend.select(param, fused=group.get("fused"), unfit=self._unfit(param))

@@ -205,11 +205,15 @@ class FusedOptimizer(Optimizer):
             self._write(WRITE)
             return
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        given = [x for x in (found_inf, grad_scale) if x is not None]
+        if given and self.takes_control and all(torch.is_tensor(x) and backend.is_remote(x.device) for x in given):
+            self._run_settled(1.0, found_inf, grad_scale)
+            return
         self._skipped = found_inf is not None and bool(found_inf != 0)
         if not self._skipped:
             scale = 1.0 if grad_scale is None else float(grad_scale)
-            self._skipped = self._run(1.0 / scale if scale else math.inf) == SKIPPED
-        if self._skipped:
+            self._run(1.0 / scale if scale else math.inf)
+        else:
             self._zero_kept()
 
     def _zero_kept(self) -> None:
@@ -220,19 +224,27 @@ class FusedOptimizer(Optimizer):
                     if param.grad is not None:
                         zero(param.grad)
 
-    def _run(self, inv_scale: float) -> int:
-        settled = self._settled
-        code = settled.run(self, inv_scale) if settled is not None and settled.is_current(self) else 0
-        if code >= 0:
+    def _run(self, inv_scale: float) -> None:
+        self._run_settled(inv_scale, None, None)
+
+    def _run_settled(self, inv_scale: float, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Step; the last two, of a torch GradScaler, count where only their device knows them."""
+        settled, code = self._settled, 0
+        if settled is not None and settled.is_current(self):
+            code = settled.run(self, inv_scale, found_inf, grad_scale)
+        if settled is None or code >= 0:
             self._settled = None
             settled = settle(self)
             try:
-                code = settled.run(self, inv_scale, last_try=True)
+                code = settled.run(self, inv_scale, found_inf, grad_scale, last_try=True)
             except BaseException:
                 settled.forget(self)
                 raise
             self._settled = settled
-        return code
+        on_device = bool(settled.remote) and not settled.merges and (settled.coded or found_inf is not None)
+        self._skipped = code == SKIPPED or (settled.control if on_device else False)
+        if code == SKIPPED:
+            self._zero_kept()
 
     def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
         """Pass 1 of `pytrain.step`: fill in and return the control block; the next `step()` is pass 2 by it.

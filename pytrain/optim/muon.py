@@ -13,7 +13,6 @@ from pytrain import backend
 from pytrain.optim.adafactor import check_gradient, check_options
 from pytrain.optim.adamw import AdamW
 from pytrain.optim.base import FusedOptimizer, Options, check_range, scalar
-from pytrain.optim.plan import APPLIED
 from pytrain.optim.states import UnfitError
 
 if TYPE_CHECKING:
@@ -238,7 +237,7 @@ class Muon(FusedOptimizer):
         return adamw
 
     @torch.no_grad()
-    def _run(self, inv_scale: float) -> int:
+    def _run(self, inv_scale: float) -> None:
         work: list[tuple[dict[str, Any], list[Tensor]]] = []
         checked: set[int] = set()
         for index, group in enumerate(self.param_groups):
@@ -257,7 +256,6 @@ class Muon(FusedOptimizer):
         for group, matrices in work:
             for batch in batches(matrices):
                 self._step_batch(batch, group, inv_scale)
-        return APPLIED
 
     def _check(self, param: Tensor, group: dict[str, Any], where: str) -> None:
         """Raise UnfitError, before anything is written, where a parameter cannot be stepped."""

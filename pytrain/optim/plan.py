@@ -199,7 +199,15 @@ class Settled:
         self.work = work
         return True
 
-    def run(self, optimizer: FusedOptimizer, grad_coef: float, *, last_try: bool = False) -> int:
+    def run(
+        self,
+        optimizer: FusedOptimizer,
+        grad_coef: float,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        *,
+        last_try: bool = False,
+    ) -> int:
         """Step everything: APPLIED; SKIPPED where an inf or nan would enter 8-bit state; or, where a tensor does not
         fit what was settled, a number from 0 on. In the last two cases nothing was written.
 
@@ -215,7 +223,20 @@ class Settled:
                 return code
         elif len(self.work) + bool(self.slow) > 1 and any(self.call(one, last_try, FIT) >= 0 for one in self.work):
             return 0
+        if found_inf is not None or grad_scale is not None:
+            self.take_flags(found_inf, grad_scale)
         return self.write(optimizer, last_try)
+
+    def take_flags(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Have a torch GradScaler's flag and scale in the control blocks; no wait where there is one device."""
+        if self.remote and not self.merged:
+            self.read_remote()
+        blocks = [self.given] if self.merges or not self.remote else list(self.remote.values())
+        for block in blocks:
+            if grad_scale is not None:
+                block[INV_SCALE] /= _beside(block, grad_scale)
+            if found_inf is not None:
+                block[FOUND_INF] += _beside(block, found_inf)
 
     def stats(self, last_try: bool) -> int:
         """Pass 1, over gathered gradients: into the control block; APPLIED, SKIPPED or a number as `run` gives it."""
@@ -396,6 +417,10 @@ def _why_slow(param: Tensor, group: dict[str, object]) -> str | None:
             raise backend.BackendError(f"the kernels do not take gradients of layout {grad.layout}; leave fused unset")
         return f"there are no kernels for gradients of layout {grad.layout}"
     return None
+
+
+def _beside(block: Tensor, value: Tensor) -> Tensor:
+    return (value if value.device == block.device else value.to(block.device)).view(())
 
 
 def _free(tables: list[int]) -> None:

@@ -126,6 +126,29 @@ def test_a_skip_zeroes_the_gradients_where_the_step_does(dtype: torch.dtype) -> 
 
 
 @here
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+def test_a_grad_scaler_of_torch_is_asked_nothing(name: str, found: float) -> None:
+    params, twins = problem(), problem()
+    ours, plain = REGISTRY[name](params), REGISTRY[name](twins)  # type: ignore[arg-type]
+    for optimizer in (ours, plain):
+        optimizer.step()
+    before = [x.clone() for x in everything(ours)]
+    for p in params:
+        p.grad *= 8.0  # type: ignore[operator]
+    ours.grad_scale, ours.found_inf = torch.tensor(8.0), torch.tensor([found])  # type: ignore[attr-defined]
+    with NoReads() as seen:
+        ours.step()
+    assert seen.reads == [] and ours.step_was_skipped == (found != 0.0)
+    plain.step()
+    expected = before if found else everything(plain)
+    assert all(torch.equal(a, b) for a, b in zip(everything(ours), expected, strict=True))
+    del ours.grad_scale, ours.found_inf  # type: ignore[attr-defined]
+    ours.step()
+    assert not ours.step_was_skipped
+
+
+@here
 def test_one_norm_over_two_optimizers_is_made_on_the_device() -> None:
     a, b = problem(), problem()
     first, second = REGISTRY["sgd"](a, lr=1.0), REGISTRY["sgd"](b, lr=1.0)  # type: ignore[call-arg, arg-type]
