@@ -39,6 +39,7 @@ PAGE = ROOT / "docs" / "cuda.md"
 BEGIN, END = "<!-- sass_gate: begin -->", "<!-- sass_gate: end -->"
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fmad=false"]
 THREADS, MIXED_THREADS = 256, 128  # of a block: csrc/cuda/job.h, mixed.h
+UNITS = {"registers": 8, "shared": 1024}  # a budget is rounded up to them: fewer cost nothing, or nearly
 MOST_KERNELS = 200
 QUICK = (("75", "90"), ("step_fp32", "step_mixed", "stats", "control"))
 ADAMW = "update<AdamW, Direct<float>>"
@@ -306,8 +307,9 @@ def over_budget(kernel: Kernel, allowed: dict[str, int] | None) -> Iterable[str]
         yield "is not in the budgets; --update"
         return
     for what, value in kernel.costs().items():
-        if value > allowed.get(what, 0):
-            yield f"{what} {value}, budget {allowed.get(what, 0)}"
+        budget = -(-allowed.get(what, 0) // UNITS.get(what, 1)) * UNITS.get(what, 1)
+        if value > budget:
+            yield f"{what} {value}, budget {budget}"
 
 
 def limits(kernel: Kernel, architecture: str) -> Iterable[str]:
