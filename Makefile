@@ -9,7 +9,7 @@ BUILD_REQUIREMENTS := 'setuptools>=77.0.3' pybind11 ninja wheel numpy
 BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 SOURCES := setup.py tools/cuda_build.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full cuda bench lint format clean
+.PHONY: demo test test-simt test-full cuda bench lint format clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m pytrain demo
@@ -17,10 +17,21 @@ demo: $(NATIVE)
 test: $(NATIVE)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
 
-test-full: $(NATIVE)
+# The suites of what steps on a device, over the CUDA kernels' own source, compiled for the CPU.
+SIMT := oracle storage step steps step_averages scaler format_checkpoints histories numbers properties release ops
+test-simt: $(NATIVE)
+	$(BIN)/python tests/simt/build.py
+	PYTRAIN_BACKEND=simt $(BIN)/python -m pytest -n 2 -m "not slow and not matrix" \
+	  $(SIMT:%=tests/optim/test_%.py) tests/test_amp.py tests/test_amp_steps.py tests/test_ema.py
+	PYTRAIN_BACKEND=simt $(BIN)/python tools/make_docs.py --check
+
+test-full: $(NATIVE) test-simt
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tools/check_codegen.py
 	$(BIN)/python tools/mutate_rules.py
+	$(BIN)/python tests/simt/check.py --all
+	$(BIN)/python tools/mutate_cuda.py
+	$(BIN)/python tools/sass_gate.py --all
 	$(BIN)/python tools/build_matrix.py --all
 
 # The CUDA kernels too, in place; TORCH_CUDA_ARCH_LIST picks the architectures.

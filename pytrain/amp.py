@@ -132,9 +132,7 @@ class LossScaler:
         self._place(self._state)
         self.stages: list[Stage] = []
         self._updates = 0
-        self._order: list[
-            weakref.ref[Optimizer]
-        ] = []  # the last step's, where only the device knows
+        self._order: list[weakref.ref[Optimizer]] = []  # the last step's, where only the device knows
         self._first_bad: weakref.ref[Optimizer] | None = None  # whose optimizer's the last row of skips began with
         self.window = False  # is a pytrain.open_step under way, which updates at its end?
 

@@ -287,6 +287,9 @@ compared with the torch path, both against fp64. A cell is "{YES}" where the lar
 path's, or the roundings of the steps; else it says both errors, or is the sentence of the exception. What the options
 mean stands in [optimizers.md](optimizers.md).
 
+The cells of the first table are those of the CUDA kernels too ([cuda.md](cuda.md)), but for Adafactor and Muon, which
+take torch's operations on a GPU: `PYTRAIN_BACKEND=simt python tools/make_docs.py --check` runs every cell on them.
+
 ## Rules and formats
 
 {markdown(["rule", *(form.name for form in FORMATS)], formats)}
