@@ -18,6 +18,7 @@ nvdisasm comes with the toolkit, or from PyPI's nvidia-cuda-nvdisasm, which is i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -258,14 +259,17 @@ class Work:
     source: str
     architecture: str
     folder: Path
+    digest: str  # of all sources and the flags
 
     def do(self) -> list[Kernel]:
         """Compile what has changed, and read it."""
-        cubin = self.folder / f"{self.source}.{self.architecture}.cubin"
+        stem = f"{self.source}.{self.architecture}"
+        cubin = self.folder / f"{stem}.{self.digest}.cubin"
         log = cubin.with_suffix(".log")
-        newest = max(path.stat().st_mtime for path in self.csrc.rglob("*") if path.is_file())
         start = time.monotonic()
-        if not (log.exists() and log.stat().st_mtime > newest):
+        if not log.exists():
+            for old in self.folder.glob(f"{stem}.*"):
+                old.unlink()
             source = self.csrc / "cuda" / f"{self.source}.cu"
             command = [self.nvcc, *FLAGS, f"-arch=sm_{self.architecture}", f"-I{self.csrc}", "-Xptxas=-v", "-cubin"]
             done = subprocess.run([*map(str, command), str(source), "-o", str(cubin)], capture_output=True, text=True)
@@ -421,7 +425,9 @@ def compile_all(csrc: Path, architectures: Sequence[str], sources: Sequence[str]
     folder.mkdir(parents=True, exist_ok=True)
     nvdisasm = find_nvdisasm(nvcc)
     ordered = sorted(sources, key=lambda name: name != "step_mixed")
-    work = [Work(nvcc, nvdisasm, csrc, s, a, folder) for s in ordered for a in architectures]
+    texts = [path.read_bytes() for path in sorted(csrc.rglob("*")) if path.suffix in (".h", ".cu")]
+    digest = hashlib.sha256(b"\0".join([str(nvcc).encode(), *map(str.encode, FLAGS), *texts])).hexdigest()[:12]
+    work = [Work(nvcc, nvdisasm, csrc, s, a, folder, digest) for s in ordered for a in architectures]
     with ThreadPoolExecutor(2) as pool:
         kernels = list(pool.map(Work.do, work))
     found: Found = {}
