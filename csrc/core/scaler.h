@@ -108,7 +108,8 @@ PT_ANYWHERE inline void settle(const Settling& s, double scale) {
     if (s.scaled[i]) unscale(head, scale);
     double total = 0.0;
     for (int64_t r = 0; r < s.rows[i]; ++r) total += head.rows()[r].sumsq;
-    head.grad_norm = head.first_bad >= 0.0 ? std::numeric_limits<double>::quiet_NaN() : std::sqrt(total) * head.inv_scale;
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    head.grad_norm = head.first_bad >= 0.0 ? nan : std::sqrt(total) * head.inv_scale;
     if (head.found_inf == 0.0 && overflows(head)) head.found_inf = 1.0;
     for (int64_t r = 0; r < s.rows[i]; ++r, ++at) {
       const int64_t group = s.clip_groups[at];

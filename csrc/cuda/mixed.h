@@ -164,14 +164,19 @@ struct Mixed {
 
   // ---- states -------------------------------------------------------------------------------------------------------
 
+  template <class H>
+  static PT_DEVICE void decode_half(const void* from, const Place& at, float* row) {
+    load(static_cast<const H*>(from), at, [&](H x, int i) { row[i] = codec::decode(x); });
+  }
+
   static PT_OUTLINE void decode_state(const Part& part, int s, const Place& at, float* row) {
     const void* const from = part.item.memory.states[s];
     const Format format = part.job.storage.states[s];
     switch (format) {
       case Format::bf16:
-        return load(static_cast<const codec::Bf16*>(from), at, [&](codec::Bf16 x, int i) { row[i] = codec::decode(x); });
+        return decode_half<codec::Bf16>(from, at, row);
       case Format::fp16:
-        return load(static_cast<const codec::Fp16*>(from), at, [&](codec::Fp16 x, int i) { row[i] = codec::decode(x); });
+        return decode_half<codec::Fp16>(from, at, row);
       case Format::s8:
       case Format::u8: {
         const float scale = global(part.item.extra.scales[s])[at.first / unit];
@@ -378,7 +383,7 @@ struct Traits<Mixed> {
   using Number = float;
   static constexpr int block = Mixed::block;
   template <class Rule>
-  static constexpr int resident = rules::state_count<Rule>() <= 2 ? 8 : 6;  // 64 or 80 registers; 16 KiB shared and more
+  static constexpr int resident = rules::state_count<Rule>() <= 2 ? 8 : 6;  // 64 or 80 registers, 16 KiB or more shared
 };
 
 }  // namespace pytrain::cuda

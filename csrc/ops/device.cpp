@@ -194,7 +194,8 @@ namespace {
 // _backend(int address, bool simulated) -> (): a library of kernels, by the address of its table; 0 takes it back.
 void set_backend(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
-  const auto* const backend = reinterpret_cast<const cuda::Backend*>(static_cast<std::uintptr_t>(to<int64_t>(stack[0])));
+  const auto address = static_cast<std::uintptr_t>(to<int64_t>(stack[0]));
+  const auto* const backend = reinterpret_cast<const cuda::Backend*>(address);
   STD_TORCH_CHECK(!backend || backend->job_bytes == static_cast<int64_t>(sizeof(Job)),
                   "_backend: the libraries of kernels come from different builds of pytrain; install it again");
   (to<bool>(stack[1]) ? simt_backend : cuda_backend).store(backend, std::memory_order_release);

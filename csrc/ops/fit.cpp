@@ -191,7 +191,8 @@ std::string Table::explain(Found found, const Pair& pair) const {
     case Misfit::grad_shape:
       return "grads" + at + " has shape " + shape(pair.grad) + ", params" + at + " has " + shape(pair.param);
     case Misfit::grad_overlap:
-      return "grads" + at + " has elements that share memory and cannot be zeroed in the step; pass a contiguous tensor";
+      return "grads" + at +
+             " has elements that share memory and cannot be zeroed in the step; pass a contiguous tensor";
     case Misfit::state:
       return "a state of params" + at + " has a shape, strides or a dtype unlike its, or is not on " + device;
     case Misfit::scale:

@@ -186,7 +186,8 @@ Controls controls_from(const Handle& block, const Handle& given, bool fresh, con
   const View host = control_view(given.get(), op);
   STD_TORCH_CHECK(host.device == cpu_device && host.numel == controls.block.numel, op,
                   "_: given must be a control block of the same size on the CPU");
-  controls.given = {static_cast<const double*>(host.data), (host.numel - core::control_head) / core::control_row, fresh};
+  const int64_t n_rows = (host.numel - core::control_head) / core::control_row;
+  controls.given = {static_cast<const double*>(host.data), n_rows, fresh};
   return controls;
 }
 

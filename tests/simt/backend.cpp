@@ -22,7 +22,9 @@ const Backend table{sizeof(Job),    on_device,      max_blocks,    launch_step, 
 #define EXPORT __attribute__((visibility("default")))
 extern "C" {
 EXPORT const void* pytrain_backend() { return &pytrain::cuda::table; }
-EXPORT void pytrain_simt_order(int order, unsigned long long seed) { simt::set_order(static_cast<simt::Order>(order), seed); }
+EXPORT void pytrain_simt_order(int order, unsigned long long seed) {
+  simt::set_order(static_cast<simt::Order>(order), seed);
+}
 EXPORT long long pytrain_simt_launches() { return simt::launches(); }
 EXPORT void pytrain_simt_fail(long long launch) { simt::fail_launch(launch); }
 }

@@ -27,7 +27,7 @@
 
 thread_local simt::Index threadIdx, blockIdx, blockDim, gridDim;
 
-// ---- switching stacks -------------------------------------------------------------------------------------------------
+// ---- switching stacks -----------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves what a function has to keep, and the stack pointer to *from; goes on where `to` was saved.
@@ -324,7 +324,9 @@ void meet_warp(unsigned mask, const char* file, int line) { wait(State::in_warp,
 uint64_t exchange(unsigned mask, uint64_t mine, unsigned lane, const char* file, int line) {
   Fiber& f = pool.fibers[pool.running];
   const unsigned first = pool.running / warp * warp;
-  if (!(mask >> (pool.running % warp) & 1)) stuck(blockDim.x, "a thread takes part in a shuffle that its mask leaves out");
+  if (!(mask >> (pool.running % warp) & 1)) {
+    stuck(blockDim.x, "a thread takes part in a shuffle that its mask leaves out");
+  }
   f.given = mine;
   wait(State::in_warp, mask, file, line);
   if (lane >= warp || !(mask >> lane & 1)) return ~uint64_t{0};

@@ -70,7 +70,8 @@ inline T atomicAdd(T* at, T value) {
 template <class T>
 inline T atomicMin(T* at, T value) {
   T before = __atomic_load_n(at, __ATOMIC_RELAXED);
-  while (value < before && !__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (value < before) {
+    if (__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) break;
   }
   return before;
 }
