@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,7 @@ FAULTS = (
     mixed("loads of a tail read past the end", "mixed.h", "if (i < at.count) with(from[i], i);", "with(from[i], i);"),
     mixed("stores of a tail write past the end", "mixed.h", "if (i < at.count) to[i] = with(i);", "to[i] = with(i);"),
     mixed("a lane stores where its neighbour does", "mixed.h", "(to + i) = v;", "(to + (i ^ width)) = v;"),
-    mixed("elements that are not there take part in sums", "mixed.h", "if (i >= at.count) continue;", ""),
+    mixed("elements that are not there are not cleared", "mixed.h", "if (at.count < unit) {", "if (at.count < 0) {"),
     mixed(
         "vectors are taken for aligned",
         "mixed.h",
@@ -187,7 +188,7 @@ FAULTS = (
         "atomicMin(first_bad, static_cast<unsigned long long>(job.items[i].extra.index));",
         "*first_bad = static_cast<unsigned long long>(job.items[i].extra.index);",
     ),
-    direct(
+    mixed(
         "the next chunk is set while the last is worked on",
         "step.h",
         "    __syncthreads();  // all threads are done with the chunk before\n",
@@ -259,19 +260,17 @@ def shared(folder: Path) -> dict[str, tuple[list[Path], list[Path]]]:
     return objects
 
 
+def limit_processor_time() -> None:
+    """A program that hangs ends; one on a busy machine does not."""
+    resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+
+
 def finds(way: str, program: Path, arguments: tuple[str, ...], areas: tuple[str, ...]) -> bool:
     """Whether a run shows that something is wrong."""
-    try:
-        done = subprocess.run(
-            [str(program), *arguments, *areas],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return True
+    command = [str(program), *arguments, *areas]
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, preexec_fn=limit_processor_time
+    )
     if done.returncode != 0:
         return way != "traffic"  # wrong numbers are not the meter's business
     if way != "traffic":
@@ -294,12 +293,14 @@ def judge(fault: Fault | None, kernel: str, areas: tuple[str, ...], folder: Path
     found = []
     for way, (name, arguments) in RUNS.items():
         if name not in built:
-            objects = [*sorted((base / name / "others").glob("*.o"))]
-            objects += [path for path in sorted((base / name / "kernels").glob("*.o")) if path.stem != kernel]
+            # The changed kernel first: of what several files have inline, the linker takes the first.
+            others = sorted((base / name / "others").glob("*.o"))
+            rest = [path for path in sorted((base / name / "kernels").glob("*.o")) if path.stem != kernel]
             try:
-                objects += program.kernels(MODES[name], folder / name, (kernel,))
+                own = program.kernels(MODES[name], folder / name, (kernel,))
             except subprocess.CalledProcessError:
                 return None
+            objects = [*others, *own, *rest]
             built[name] = link(MODES[name], objects, folder / name / "driver")
         if finds(way, built[name], arguments, areas):
             found.append(way)
@@ -338,15 +339,19 @@ def main(argv: list[str]) -> int:
         jobs = [(None, kernel, areas) for kernel, areas in sorted({(fault.kernel, fault.areas) for fault in faults})]
         jobs += [(fault, fault.kernel, fault.areas) for fault in faults]
         waiting = [pool.submit(judge, *job, folder / f"place{i}", base) for i, job in enumerate(jobs)]
-        for (fault, kernel, _), answer in zip(jobs, waiting, strict=True):
-            found = answer.result()
-            if fault is None:
-                assert found == [], f"{kernel} as it is: {found}"
-                continue
-            text = "does not compile" if found is None else ", ".join(found) or "NOT FOUND"
-            print(f"{text:44} {fault.file}: {fault.name}", flush=True)
-            rows.append((fault, found or []))
-            wrong = wrong or not found
+        try:
+            for (fault, kernel, _), answer in zip(jobs, waiting, strict=True):
+                found = answer.result()
+                if fault is None:
+                    if found != []:
+                        raise SystemExit(f"{kernel} as it is: {found}")
+                    continue
+                text = "does not compile" if found is None else ", ".join(found) or "NOT FOUND"
+                print(f"{text:44} {fault.file}: {fault.name}", flush=True)
+                rows.append((fault, found or []))
+                wrong = wrong or not found
+        finally:
+            pool.shutdown(cancel_futures=True)
     if args.write:
         put_into(DOCS, "mutations", table(rows))
     print(f"{sum(bool(found) for _, found in rows)} of {len(rows)} faults found")

@@ -7,7 +7,7 @@
 
 struct Meter {
   static constexpr int64_t n = 2 * cuda::chunk;
-  const char* separator = "{\n";
+  const char* separator = "\n";
 
   // Measures body() and prints it.
   template <class Body>
@@ -18,7 +18,8 @@ struct Meter {
     const double bytes = static_cast<double>(t.read + t.written);
     std::printf("%s\"%s\": {\"bytes\": %.4f, ", separator, what.c_str(), bytes / static_cast<double>(numel));
     if (least > 0.0) std::printf("\"least\": %.4f, ", least);
-    std::printf("\"efficiency\": %.4f, \"accesses\": {", bytes / (32.0 * static_cast<double>(t.sectors)));
+    const double touched = 32.0 * static_cast<double>(t.sectors);
+    std::printf("\"efficiency\": %.4f, \"accesses\": {", touched > 0.0 ? bytes / touched : 0.0);
     const char* comma = "";
     for (int s = 4; s >= 0; --s) {
       if (!t.accesses[s]) continue;
@@ -97,6 +98,7 @@ template <class... Rules>
 int print_traffic(rules::List<Rules...>) {
   Meter meter;
   pytrain_simt_order(0, 0);
+  std::printf("{");
   meter.others();
   int index = 0;
   (meter.rule(rule_under_test<Rules>(index++)), ...);
