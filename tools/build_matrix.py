@@ -364,9 +364,7 @@ def other_torch(version: str) -> Callable[[Workshop], Row]:
         row.notes.append(done.stdout.splitlines()[-1].strip("= "))
         return row
 
-    variant.__doc__ = (
-        f"Built on torch {TORCH_BUILT_ON}, run under {version}: the tests pass unchanged."
-    )
+    variant.__doc__ = f"Built on torch {TORCH_BUILT_ON}, run under {version}: the tests pass unchanged."
     return variant
 
 
