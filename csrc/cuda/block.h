@@ -106,6 +106,11 @@ PT_DEVICE double setting(const Job& job, int64_t group, double Settings::Row::* 
   return job.settings.n_rows ? job.settings.rows[group].*given : job.control->rows()[group].*kept;
 }
 
+// What limits an unscaled gradient's magnitude; 0: nothing.
+PT_DEVICE double limit_of(const Job& job) {
+  return job.settings.n_rows ? job.settings.clip_value : job.control->clip_value;
+}
+
 PT_DEVICE const double* hypers_of(const Job& job, int64_t group) {
   return job.settings.n_rows ? job.settings.rows[group].hypers : job.control->rows()[group].hypers;
 }

@@ -31,7 +31,7 @@ struct Direct {
         begin[s] = static_cast<T*>(part.item.memory.states[s - first_state]) + part.first;
       }
       coef = T(part.coef);
-      limit = T(part.job.settings.clip_value);
+      limit = T(limit_of(part.job));
       weight = T(part.ema_weight);
       is_aligned = true;
       for (int s = 0; s < count; ++s) is_aligned = is_aligned && aligned<T, width>(begin[s]);

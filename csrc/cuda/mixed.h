@@ -248,7 +248,7 @@ struct Mixed {
 
   // The parameter into rows[0], the gradient as the rule sees it into rows[1].
   static PT_OUTLINE void decode_both(const Part& part, const Place& at, Row* rows) {
-    const float coef = static_cast<float>(part.coef), limit = static_cast<float>(part.job.settings.clip_value);
+    const float coef = static_cast<float>(part.coef), limit = static_cast<float>(limit_of(part.job));
     const void* const grad = part.item.memory.grad;
     float *const p = rows[0], *const g = rows[1];
     switch (part.job.storage.param) {

@@ -176,3 +176,16 @@ def test_more_param_groups_than_a_launch_carries() -> None:
         ours.param_groups[5]["lr"] = theirs.param_groups[5]["lr"] = 0.3 / (step + 1)
     for p, q in zip(params, twins, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
+
+
+@here
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clip_by_value_holds_for_any_number_of_param_groups(count: int, dtype: torch.dtype) -> None:
+    params = [Parameter(torch.ones(3, dtype=dtype)) for _ in range(count)]
+    optimizer = REGISTRY["sgd"]([{"params": [p]} for p in params], lr=1.0)  # type: ignore[call-arg, arg-type]
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.full_like(p, 3.0)
+        pytrain.step(optimizer, clip_value=0.5)
+    assert all((p == 0.0).all() for p in params)

@@ -132,7 +132,7 @@ class World {
   void settings(bool by_value, bool fresh) {
     job.settings = {};
     job.settings.inv_scale = head().inv_scale;
-    job.settings.clip_value = head().clip_value;
+    job.settings.clip_value = by_value ? head().clip_value : 0.0;
     job.settings.fresh = fresh;
     job.settings.n_rows = by_value ? job.n_rows : 0;
     for (int64_t g = 0; g < job.settings.n_rows; ++g) {
