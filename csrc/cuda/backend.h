@@ -50,32 +50,33 @@ struct Backend {
   int64_t job_bytes;  // sizeof(Job): both sides must be of the same build
   // Calls body(stream, context) with this device current and the stream that work is queued on now.
   void (*on_device)(int64_t device, void (*body)(void* stream, void* context), void* context);
-  int64_t (*max_blocks)(int64_t device);
-  const char* (*step)(Class kind, int rule, bool measure, const Job& job, int64_t blocks, void* stream);
-  const char* (*stats)(const Job& job, int64_t blocks, void* stream);
-  const char* (*average)(const Job& job, int64_t blocks, void* stream);
+  int64_t (*multiprocessors)(int64_t device);  // launches take as many blocks as these hold at a time
+  const char* (*step)(Class kind, int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
+  const char* (*stats)(const Job& job, int64_t multiprocessors, void* stream);
+  const char* (*average)(const Job& job, int64_t multiprocessors, void* stream);
   const char* (*upload)(const Piece& piece, void* to, void* stream);
   const char* (*settle)(const Settle& job, void* stream);
   const char* (*update_scaler)(const ScalerUpdate& job, void* stream);
 };
 
-const char* launch_fp32(int rule, bool measure, const Job& job, int64_t blocks, void* stream);
-const char* launch_fp64(int rule, bool measure, const Job& job, int64_t blocks, void* stream);
-const char* launch_mixed(int rule, bool measure, const Job& job, int64_t blocks, void* stream);
-const char* launch_stats(const Job& job, int64_t blocks, void* stream);
-const char* launch_average(const Job& job, int64_t blocks, void* stream);
+const char* launch_fp32(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
+const char* launch_fp64(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
+const char* launch_mixed(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
+const char* launch_stats(const Job& job, int64_t multiprocessors, void* stream);
+const char* launch_average(const Job& job, int64_t multiprocessors, void* stream);
 const char* launch_upload(const Piece& piece, void* to, void* stream);
 const char* launch_settle(const Settle& job, void* stream);
 const char* launch_scaler(const ScalerUpdate& job, void* stream);
 
-inline const char* launch_step(Class kind, int rule, bool measure, const Job& job, int64_t blocks, void* stream) {
+inline const char* launch_step(Class kind, int rule, bool measure, const Job& job, int64_t multiprocessors,
+                               void* stream) {
   switch (kind) {
     case Class::fp32:
-      return launch_fp32(rule, measure, job, blocks, stream);
+      return launch_fp32(rule, measure, job, multiprocessors, stream);
     case Class::fp64:
-      return launch_fp64(rule, measure, job, blocks, stream);
+      return launch_fp64(rule, measure, job, multiprocessors, stream);
     default:
-      return launch_mixed(rule, measure, job, blocks, stream);
+      return launch_mixed(rule, measure, job, multiprocessors, stream);
   }
 }
 

@@ -133,7 +133,8 @@ PT_DEVICE Part part_of(const Job& job, int64_t c) {
   return {job, item, at.first, left < chunk ? left : chunk, grad_sign * coef, weight, t};
 }
 
-// How many blocks a launch takes; one where there are no elements, which still counts a step.
+// How many blocks a launch takes: no more than run at a time, since each reads the tables and prepares its rule anew;
+// one where there are no elements, which still counts a step.
 inline unsigned grid(const Job& job, int64_t blocks) {
   const int64_t n = job.n_chunks - job.first_chunk;
   return static_cast<unsigned>(n < 1 ? 1 : n < blocks ? n : blocks);

@@ -32,6 +32,15 @@ PT_DEVICE T* global(T* at) {
   return at;
 }
 
+// How many blocks of a kernel a multiprocessor holds at a time.
+template <class Kernel>
+int64_t resident_blocks(Kernel* kernel, int threads) {
+  int blocks = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // the launch will say it
+  return error == cudaSuccess && blocks > 0 ? blocks : 1;
+}
+
 // Why the last launch failed; nothing if it did not.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
@@ -49,6 +58,10 @@ namespace pytrain::cuda {
 template <class T>
 PT_DEVICE T* global(T* at) {
   return at;
+}
+template <class Kernel>
+int64_t resident_blocks(Kernel*, int) {
+  return 1;
 }
 }  // namespace pytrain::cuda
 #endif

@@ -30,28 +30,26 @@ int attribute(cudaDeviceAttr name, int64_t device) {
                   " (kernels: CUDA ", version(CUDART_VERSION), "; driver: ", version(driver), ")");
 }
 
-// As many as a device can hold at once if registers allow it. Fewer would leave it idle; more would only begin later,
-// and each block reads the launch's tables and prepares its rule anew.
-int64_t max_blocks(int64_t device) {
+// Asked once a device.
+int64_t multiprocessors(int64_t device) {
   static std::array<std::atomic<int64_t>, 128> known{};  // more devices than torch counts
   const auto index = static_cast<size_t>(device);
   std::atomic<int64_t>* const kept = index < known.size() ? &known[index] : nullptr;
-  if (const int64_t blocks = kept ? kept->load(std::memory_order_relaxed) : 0) return blocks;
-  const int64_t resident = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) / threads;
-  const int64_t blocks = attribute(cudaDevAttrMultiProcessorCount, device) * resident;
-  if (kept) kept->store(blocks, std::memory_order_relaxed);
-  return blocks;
+  if (const int64_t count = kept ? kept->load(std::memory_order_relaxed) : 0) return count;
+  const int64_t count = attribute(cudaDevAttrMultiProcessorCount, device);
+  if (kept) kept->store(count, std::memory_order_relaxed);
+  return count;
 }
 
 void on_device(int64_t device, void (*body)(void* stream, void* context), void* context) {
-  max_blocks(device);  // says why, where there is no such device; torch's guard would say it in its own terms
+  multiprocessors(device);  // says why, where there is no such device; torch's guard would say it in its own terms
   const auto index = static_cast<accelerator::DeviceIndex>(device);
   const accelerator::DeviceGuard guard(index);
   body(accelerator::getCurrentStream(index).nativeHandle(), context);
 }
 
-const Backend table{sizeof(Job),    on_device,     max_blocks,    launch_step, launch_stats,
-                    launch_average, launch_upload, launch_settle, launch_scaler};
+const Backend table{sizeof(Job),    on_device,     multiprocessors, launch_step, launch_stats,
+                    launch_average, launch_upload, launch_settle,   launch_scaler};
 
 }  // namespace
 }  // namespace pytrain::cuda

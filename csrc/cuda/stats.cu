@@ -169,13 +169,15 @@ PT_KERNEL(threads) average(PT_ARGUMENT(Job) job) {
 
 }  // namespace
 
-const char* launch_stats(const Job& job, int64_t blocks, void* stream) {
-  PT_LAUNCH(take_stats, grid(job, blocks), threads, stream, job);
+const char* launch_stats(const Job& job, int64_t multiprocessors, void* stream) {
+  static const int64_t resident = resident_blocks(take_stats, threads);
+  PT_LAUNCH(take_stats, grid(job, multiprocessors * resident), threads, stream, job);
   return launch_error();
 }
 
-const char* launch_average(const Job& job, int64_t blocks, void* stream) {
-  PT_LAUNCH(average, grid(job, blocks), threads, stream, job);
+const char* launch_average(const Job& job, int64_t multiprocessors, void* stream) {
+  static const int64_t resident = resident_blocks(average, threads);
+  PT_LAUNCH(average, grid(job, multiprocessors * resident), threads, stream, job);
   return launch_error();
 }
 

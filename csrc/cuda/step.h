@@ -169,15 +169,16 @@ PT_KERNEL(Traits<Loop>::block) measure(PT_ARGUMENT(Job) job) {
 }
 
 template <class Rule, class Loop>
-const char* launch(bool measuring, const Job& job, int64_t most, void* stream) {
+const char* launch(bool measuring, const Job& job, int64_t multiprocessors, void* stream) {
   constexpr int block = Traits<Loop>::block;
-  const unsigned blocks = grid(job, most * (threads / block));
   if (!measuring) {
-    PT_LAUNCH((update<Rule, Loop>), blocks, block, stream, job);
+    static const int64_t resident = resident_blocks(update<Rule, Loop>, block);
+    PT_LAUNCH((update<Rule, Loop>), grid(job, multiprocessors * resident), block, stream, job);
     return launch_error();
   }
   if constexpr (rules::sum_count<Rule>() > 0) {
-    PT_LAUNCH((measure<Rule, Loop>), blocks, block, stream, job);
+    static const int64_t resident = resident_blocks(measure<Rule, Loop>, block);
+    PT_LAUNCH((measure<Rule, Loop>), grid(job, multiprocessors * resident), block, stream, job);
     return launch_error();
   }
   return "this rule takes no sums";
@@ -185,10 +186,10 @@ const char* launch(bool measuring, const Job& job, int64_t most, void* stream) {
 
 // Calls the launch of rule number `rule` of the list.
 template <class Loop, class... Rules>
-const char* launch_rule(rules::List<Rules...>, int rule, bool measuring, const Job& job, int64_t blocks,
-                        void* stream) {
+const char* launch_rule(rules::List<Rules...>, int rule, bool measuring, const Job& job,
+                        int64_t multiprocessors, void* stream) {
   static constexpr const char* (*table[])(bool, const Job&, int64_t, void*) = {&launch<Rules, Loop>...};
-  return table[rule](measuring, job, blocks, stream);
+  return table[rule](measuring, job, multiprocessors, stream);
 }
 
 }  // namespace pytrain::cuda

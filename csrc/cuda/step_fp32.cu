@@ -5,8 +5,8 @@
 
 namespace pytrain::cuda {
 
-const char* launch_fp32(int rule, bool measure, const Job& job, int64_t blocks, void* stream) {
-  return launch_rule<Direct<float>>(rules::All{}, rule, measure, job, blocks, stream);
+const char* launch_fp32(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream) {
+  return launch_rule<Direct<float>>(rules::All{}, rule, measure, job, multiprocessors, stream);
 }
 
 }  // namespace pytrain::cuda

@@ -168,7 +168,7 @@ void run_on_device(Queue& queue, DeviceTable& table, std::vector<Item>& items, c
                    Launches launches) {
   const cuda::Backend& backend = queue.backend();
   const cuda::Class kind = class_of(step.storage);
-  const int64_t blocks = backend.max_blocks(queue.device());
+  const int64_t width = backend.multiprocessors(queue.device());
   queue.run([&](void* stream) {
     Job job{};
     give(queue, step, job);
@@ -176,15 +176,15 @@ void run_on_device(Queue& queue, DeviceTable& table, std::vector<Item>& items, c
     job.control = step.control;
     job.n_rows = step.n_rows;
     table.load(queue, stream, items, job);
-    if (launches == Launches::stats) return queue.check(backend.stats(job, blocks, stream), "pass 1");
-    if (step.measures) queue.check(backend.step(kind, step.rule, true, job, blocks, stream), "sums");
-    if (!step.serial) return queue.check(backend.step(kind, step.rule, false, job, blocks, stream), "step");
+    if (launches == Launches::stats) return queue.check(backend.stats(job, width, stream), "pass 1");
+    if (step.measures) queue.check(backend.step(kind, step.rule, true, job, width, stream), "sums");
+    if (!step.serial) return queue.check(backend.step(kind, step.rule, false, job, width, stream), "step");
     for (size_t i = 0; i < items.size(); ++i) {
       job.first_item = static_cast<int64_t>(i);
       job.n_items = job.first_item + 1;
       job.first_chunk = items[i].first_chunk;
       job.n_chunks = items[i].first_chunk + items[i].n_chunks;
-      queue.check(backend.step(kind, step.rule, false, job, blocks, stream), "step");
+      queue.check(backend.step(kind, step.rule, false, job, width, stream), "step");
     }
   });
 }

@@ -165,7 +165,7 @@ void average_on_device(int64_t device, const std::vector<cpu::AverageJob::Segmen
       job.weight = weight;
       DeviceTable table;
       table.load(queue, stream, items, job);
-      queue.check(queue.backend().average(job, queue.backend().max_blocks(device), stream), "_average");
+      queue.check(queue.backend().average(job, queue.backend().multiprocessors(device), stream), "_average");
     }
   });
 }

@@ -11,10 +11,10 @@ namespace {
 void on_device(int64_t, void (*body)(void* stream, void* context), void* context) { body(nullptr, context); }
 
 // Few, so that blocks take several chunks each.
-int64_t max_blocks(int64_t) { return 3; }
+int64_t multiprocessors(int64_t) { return 3; }
 
-const Backend table{sizeof(Job),    on_device,      max_blocks,    launch_step, launch_stats,
-                    launch_average, launch_upload, launch_settle, launch_scaler};
+const Backend table{sizeof(Job),    on_device,     multiprocessors, launch_step, launch_stats,
+                    launch_average, launch_upload, launch_settle,   launch_scaler};
 
 }  // namespace
 }  // namespace pytrain::cuda
