@@ -63,19 +63,18 @@ struct Direct {
     *x.template at<V<N>>(average, i) = a;
   }
 
+  // Adds to the total of each sum.
   template <int N, class Rule, int... I>
-  static PT_DEVICE void measure_at(const Rule& rule, const Streams<Rule>& x, int i, double* sums,
+  static PT_DEVICE void measure_at(const Rule& rule, const Streams<Rule>& x, int i, T* total,
                                    std::integer_sequence<int, I...>) {
     const V<N> p = *x.template at<const V<N>>(param, i);
     const V<N> g = *x.template at<const V<N>>(grad, i);
     V<N> s[room<Rule>] = {*x.template at<const V<N>>(first_state + I, i)...};
-    T total[rules::sum_count<Rule>()] = {};
     for (int e = 0; e < N; ++e) {
       T terms[rules::sum_count<Rule>()];
       rule.measure(p.x[e], clipped(g.x[e], x.coef, x.limit), s[I].x[e]..., terms);
       for (int k = 0; k < rules::sum_count<Rule>(); ++k) total[k] += terms[k];
     }
-    for (int k = 0; k < rules::sum_count<Rule>(); ++k) sums[k] += static_cast<double>(total[k]);
     if constexpr (Rule::measure_writes) ((*x.template at<V<N>>(first_state + I, i) = s[I]), ...);
   }
 
@@ -115,13 +114,24 @@ struct Direct {
     });
   }
 
+  // A thread has the same elements wherever they lie, so that sums do not depend on it.
   template <class Rule>
   static PT_DEVICE void measure(const Rule& rule, const Part& part, double* sums) {
+    constexpr auto states = std::make_integer_sequence<int, rules::state_count<Rule>()>{};
     PT_SHARED(Streams<Rule>, x, 1);
-    each(*x, part, [&](auto count, int i) {
-      measure_at<decltype(count)::value>(rule, *x, i, sums,
-                                         std::make_integer_sequence<int, rules::state_count<Rule>()>{});
-    });
+    if (threadIdx.x == 0) x->set(part);
+    __syncthreads();
+    const int n = static_cast<int>(part.n);
+    for (int i = static_cast<int>(threadIdx.x) * width; i < n; i += threads * width) {
+      T total[rules::sum_count<Rule>()] = {};
+      if (x->is_aligned && i + width <= n) {
+        measure_at<width>(rule, *x, i, total, states);
+      } else {
+        PT_ROLLED
+        for (int e = i; e < n && e < i + width; ++e) measure_at<1>(rule, *x, e, total, states);
+      }
+      for (int k = 0; k < rules::sum_count<Rule>(); ++k) sums[k] += static_cast<double>(total[k]);
+    }
   }
 };
 

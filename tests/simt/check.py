@@ -47,7 +47,7 @@ class Mode:
 # Without splitting structs up, so that an access of 16 bytes stays one; the instrumented kernels link watch.cpp instead
 # of the compiler's runtime.
 WATCH = Mode(
-    kernels=("-O1", "-fno-tree-sra", "-fsanitize=thread", "-DSIMT_WATCH"),
+    kernels=("-O1", "-fno-tree-sra", "-fsanitize=thread", "-fno-threadsafe-statics", "-DSIMT_WATCH"),
     others=("-O2", "-DSIMT_WATCH"),
     sources=("driver", "shim", "backend", "watch"),
 )
