@@ -22,7 +22,6 @@ def main(argv: list[str]) -> int:
             print(f"there is a CUDA device, but {backend.why_no_cuda}: `make cuda` builds the kernels")
             return 1
         print(f"on {torch.cuda.get_device_name()}", flush=True)
-        environment |= {"PYTRAIN_TEST_DEVICE": "cuda"}
     else:
         print("no CUDA device: the kernels run on the CPU, and what needs a device is skipped", flush=True)
         subprocess.run([sys.executable, str(HERE.parent / "simt" / "build.py")], check=True)
