@@ -370,6 +370,10 @@ class LossScaler:
 
     # ---- for pytrain.step ------------------------------------------------------------------------------------------
 
+    def scale_now(self) -> float | Tensor:
+        """The scale, which later ones do not change: a number where the host knows it."""
+        return self.current.clone() if self._numbers is None else float(self._numbers[SCALE])
+
     def stage(self, optimizer: Optimizer) -> Stage:
         """How far an optimizer has come in the step under way."""
         for stage in self.stages:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
 from pytrain import backend
+from pytrain.memory import is_small, zeros_in_blocks
 
 FORMAT = 1  # of the state dicts
 
@@ -32,13 +33,14 @@ class Average(ABC):
     `state_dict`.
 
     Attributes:
+        constant: whether all averages but the first have the same weight.
         params: the module's parameters, in its order.
         averages: the average of each, keyed by the parameter's id; a copy of the parameter until a first one is taken.
         buffers: the renewed BatchNorm statistics by name; empty where there are none, or none of these averages.
-        steps: how many steps were applied.
-        n_averaged: how many averages were taken.
         swapped: whether the parameters hold their averages now.
     """
+
+    constant = False
 
     def __init__(self, model: nn.Module, *, start_step: int, every: int) -> None:
         if not isinstance(model, nn.Module):
@@ -51,21 +53,34 @@ class Average(ABC):
         for name, param in named.items():
             _check_param(name, param)
         self.start_step, self.every = start_step, every
-        self.steps = self.n_averaged = 0
+        self._steps = self._n_averaged = 0
+        self._later: Tensor | None = None  # how many applied steps, all averaged, are not in these counts yet
         self.swapped = False
         self.params: list[Tensor] = list(named.values())
-        self.averages: dict[int, Tensor] = {
-            id(p): p.detach().to(_average_dtype(p.dtype), copy=True) for p in self.params
-        }
+        self.averages: dict[int, Tensor] = _copies(self.params)
         self.buffers: dict[str, Tensor] = {}
         self._model, self._names = model, list(named)
         self._done: frozenset[int] | None = None
         self._rest: list[Tensor] = []
 
+    @property
+    def steps(self) -> int:
+        """How many steps were applied; waits for the device where only that knows."""
+        self._count()
+        return self._steps
+
+    @property
+    def n_averaged(self) -> int:
+        """How many averages were taken; waits for the device where only that knows."""
+        self._count()
+        return self._n_averaged
+
     # ---- taking averages --------------------------------------------------------------------------------------------
 
     def next_weight(self) -> float:
         """The weight that the next applied step has in the average: 1 in the first, 0 if that step takes none."""
+        if self._is_steady():
+            return self._weight()
         after_start = self.steps + 1 - self.start_step
         if after_start <= 0 or after_start % self.every:
             return 0.0
@@ -99,9 +114,32 @@ class Average(ABC):
             if self._rest:
                 self._check_fit("update")
                 average_([self.averages[id(p)] for p in self._rest], self._rest, weight)
-            self.n_averaged += 1
+            self._n_averaged += 1
             self.buffers = {}
-        self.steps += 1
+        self._steps += 1
+
+    def count_later(self, applied: Tensor, done: frozenset[int]) -> bool:
+        """`advance` after a step of which only a device knows whether it was applied; False: that cannot wait.
+
+        Args:
+            applied: bool, shape (), on a device.
+            done: as in `advance`.
+        """
+        if not self._is_steady() or self.buffers or not done.issuperset(self.averages):
+            return False
+        self._check_not_swapped("update")
+        self._later = applied.long() if self._later is None else self._later + applied
+        return True
+
+    def _count(self) -> None:
+        if self._later is not None:
+            applied, self._later = int(self._later), None
+            self._steps += applied
+            self._n_averaged += applied
+
+    def _is_steady(self) -> bool:
+        """Whether all later steps have the same weight, so that it does not matter how many there were."""
+        return self.constant and self.every == 1 and self._n_averaged > 0 and self._steps >= self.start_step
 
     @abstractmethod
     def _weight(self) -> float:
@@ -247,7 +285,7 @@ class Average(ABC):
         if n_averaged:
             _copy(averages.values(), [state_dict["averages"][name] for name in averages])
         self.buffers = {n: state_dict["buffers"][n].detach().to(b.device, copy=True) for n, b in buffers.items()}
-        self.steps, self.n_averaged = steps, n_averaged
+        self._steps, self._n_averaged, self._later = steps, n_averaged, None
 
     def _settings(self) -> dict[str, Any]:
         return {"start_step": self.start_step, "every": self.every}
@@ -319,6 +357,8 @@ class EMA(Average):
     Source: Polyak & Juditsky 1992, Acceleration of Stochastic Approximation by Averaging (SIAM J. Control Optim. 30).
     """
 
+    constant = True
+
     def __init__(self, model: nn.Module, decay: float = 0.999, *, start_step: int = 0, every: int = 1) -> None:
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: expected a number in [0, 1), got {decay!r}")
@@ -367,6 +407,22 @@ class SWA(Average):
 
 def _average_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def _copies(params: Sequence[Tensor]) -> dict[int, Tensor]:
+    """A copy of each in its average's dtype, by the id of the parameter and in this order."""
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for param in filter(is_small, params):
+        small.setdefault((_average_dtype(param.dtype), param.device), []).append(param)
+    room = {
+        id(param): place
+        for (dtype, device), alike in small.items()
+        for param, place in zip(alike, zeros_in_blocks([p.shape for p in alike], dtype, device), strict=True)
+    }
+    return {
+        id(p): room[id(p)].copy_(p.detach()) if id(p) in room else p.detach().to(_average_dtype(p.dtype), copy=True)
+        for p in params
+    }
 
 
 def _check_count(name: str, value: Any, *, least: int) -> None:

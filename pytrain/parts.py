@@ -1,7 +1,7 @@
 """What takes part in a step: pytrain's optimizers have both passes themselves; here is what steps any other one.
 
-A part has `measure` (pass 1, which returns the control block), `finish` (pass 2), `abandon` (take pass 1 back) and
-`done` (the parameters whose averages pass 2 has moved).
+A part has `measure` (pass 1, which returns the control block), `finish` (pass 2), `abandon` (take pass 1 back),
+`skipped` (whether pass 2 did nothing) and `done` (the parameters whose averages it has moved).
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ class Part(Protocol):
     def abandon(self) -> None:
         """Forget pass 1, if pass 2 has not come."""
 
+    def skipped(self) -> bool | Tensor:
+        """Whether pass 2 did nothing; the control block where only its device knows."""
+
     def done(self) -> frozenset[int]:
-        """The ids of the parameters whose averages pass 2 has moved."""
+        """The ids of the parameters whose averages pass 2 has moved, unless it did nothing."""
 
 
 def part_of(optimizer: Optimizer, place: int = 0) -> Part:
@@ -131,6 +134,10 @@ class Foreign:
     def abandon(self) -> None:
         """Nothing was begun."""
 
+    def skipped(self) -> bool:
+        """As pass 1, or the optimizer, has found."""
+        return bool(self.control[FOUND_INF] != 0)
+
     def done(self) -> frozenset[int]:
         """None."""
         return NOBODY
@@ -164,6 +171,10 @@ class Released:
 
     def abandon(self) -> None:
         """Nothing was begun."""
+
+    def skipped(self) -> bool:
+        """As pass 1, or the optimizer, has found."""
+        return bool(self.control[FOUND_INF] != 0)
 
     def done(self) -> frozenset[int]:
         """None."""

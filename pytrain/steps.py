@@ -41,13 +41,10 @@ class StepInfo:
 
     Attributes are tensors: of shape () where `step` was given one optimizer, of shape (n,) where it was given a list
     of n.
-
-    Attributes:
-        scale: fp32, shape (); the loss scale of this step's gradients.
     """
 
-    def __init__(self, controls: list[Tensor], scale: Tensor, several: bool) -> None:
-        self._controls, self._several, self.scale = controls, several, scale
+    def __init__(self, controls: list[Tensor], scale: Tensor | float, several: bool) -> None:
+        self._controls, self._several, self._scale = controls, several, scale
 
     def _each(self, field: int) -> Tensor:
         if not self._several:
@@ -68,6 +65,13 @@ class StepInfo:
     def first_bad(self) -> Tensor:
         """int64; which parameter, counted through the param groups, had the first inf or nan; -1: none."""
         return self._each(FIRST_BAD).long()
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32, shape (); the loss scale of this step's gradients."""
+        if isinstance(self._scale, Tensor):
+            return self._scale
+        return torch.tensor(self._scale, dtype=torch.float32, device="cpu")
 
     @property
     def group_norms(self) -> list[Tensor]:
@@ -126,7 +130,7 @@ def step(
         scaler = _check_scaler(scaler)
     clip = read_clip(listed, max_norm, clip_value, clip_per)
     schedules = () if schedule is None else _check_schedules(listed, schedule)
-    scale = ONE if scaler is None else scaler.current.clone()
+    scale = 1.0 if scaler is None else scaler.scale_now()
     run = _take_eagerly if is_dynamo_compiling() or dynamo_callback() is not None else take
     controls = run(listed, scaler, clip, grad_divisor, ema)
     if scaler is not None:
@@ -172,19 +176,22 @@ def take(
     for stage in stages:
         stage.stepped = True
     if ema is not None:
-        _follow(ema, optimizers, parts, controls)
+        _follow(ema, optimizers, parts)
     return [control.clone() for control in controls]
 
 
 _take_eagerly = _disable_dynamo(take)  # torch.compile breaks its graph here and compiles nothing of the step
 
 
-def _follow(ema: Average, optimizers: Sequence[Optimizer], parts: list[Part], controls: list[Tensor]) -> None:
+def _follow(ema: Average, optimizers: Sequence[Optimizer], parts: list[Part]) -> None:
     """Let an average take what pass 2 did not move; the parameters of a skipped step stay out of it."""
-    skipped = [bool(control[FOUND_INF] != 0) for control in controls]
+    flags = [part.skipped() for part in parts]
+    done = parts[0].done()
+    if len(flags) == 1 and not isinstance(flags[0], bool) and ema.count_later(flags[0][FOUND_INF] == 0, done):
+        return
+    skipped = [flag if isinstance(flag, bool) else bool(flag[FOUND_INF] != 0) for flag in flags]
     if all(skipped):
         return
-    done = parts[0].done()
     if len(parts) > 1:
         done = frozenset().union(*(part.done() for part, skip in zip(parts, skipped, strict=True) if not skip))
         if ema.next_weight() < 1.0:  # a first average, a copy, is of all
@@ -232,7 +239,7 @@ class StepWindow:
             raise RuntimeError(f"window.step: this {name} has already stepped in this window")
         clip = read_clip([optimizer], max_norm, clip_value, clip_per)
         schedules = () if schedule is None else _check_schedules([optimizer], schedule)
-        scale = ONE if self.scaler is None else self.scaler.current.clone()
+        scale = 1.0 if self.scaler is None else self.scaler.scale_now()
         controls = take([optimizer], self.scaler, clip, grad_divisor, ema)
         self.stepped.add(id(optimizer))
         for _, one in schedules:

@@ -309,9 +309,13 @@ class FusedOptimizer(Optimizer):
         self._skipped = True
         self._zero_kept()
 
+    def skipped(self) -> bool | Tensor:
+        """As `step_was_skipped`, without a wait: the control block where only its device knows."""
+        return self._skipped
+
     def done(self) -> frozenset[int]:
-        """The ids of the parameters whose averages, lent by `measure`, the last step has moved."""
-        return frozenset() if self._settled is None or self.step_was_skipped else self._settled.averaged
+        """The ids of the parameters whose averages, lent by `measure`, the last step has moved if it was applied."""
+        return frozenset() if self._settled is None else self._settled.averaged
 
     def abandon(self) -> None:
         """Take back a `measure` whose pass 2 will not come."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pytrain import backend
+from pytrain.memory import is_small, zeros_in_blocks
 from pytrain.optim.storage import (
     CODE_BLOCK,
     CODES,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 PLACE = torch.empty(0, device="cpu")  # keeps the place of a key until its tensor is made
-SMALL, BLOCK_BYTES = 16384, 2**20  # states of up to so many elements share blocks of up to so many bytes
 
 
 class UnfitError(ValueError):
@@ -175,7 +174,7 @@ def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
         if not keys:
             continue
         state = optimizer.state[param]
-        shared = param.numel() <= SMALL and param.is_contiguous()
+        shared = is_small(param)
         fresh = all(state.get(name) is None for name in rule.states)
         for key in sorted(keys, key=lambda key: key != "step"):
             if state.get(key) is not None:
@@ -192,26 +191,9 @@ def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
             else:
                 make(optimizer, entry, key)
     for (dtype, device), needs in small.items():
-        _make_small(optimizer, dtype, device, needs)
-
-
-def _make_small(
-    optimizer: FusedOptimizer, dtype: torch.dtype, device: torch.device, needs: list[tuple[Tensor, str]]
-) -> None:
-    per_line = 64 // dtype.itemsize  # each tensor starts a cache line, but for the step counts
-    sizes = [1 if name == "step" else -(-param.numel() // per_line) * per_line for param, name in needs]
-    at = 0
-    while at < len(needs):
-        end, total = at, 0
-        while end < len(needs) and (end == at or (total + sizes[end]) * dtype.itemsize <= BLOCK_BYTES):
-            total += sizes[end]
-            end += 1
-        block, offset = torch.zeros(total, dtype=dtype, device=device), 0
-        for (param, name), size in zip(needs[at:end], sizes[at:end], strict=True):
-            shape = () if name == "step" else param.shape
-            optimizer.state[param][name] = block[offset : offset + math.prod(shape)].view(shape)
-            offset += size
-        at = end
+        shapes = [() if name == "step" else param.shape for param, name in needs]
+        for (param, name), made in zip(needs, zeros_in_blocks(shapes, dtype, device), strict=True):
+            optimizer.state[param][name] = made
 
 
 def lay_out(optimizer: FusedOptimizer, entry: Entry, seen: set[int]) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 import pytrain
 from pytrain import backend
 from pytrain.amp import LossScaler
+from pytrain.ema import EMA, SWA
 from pytrain.optim import REGISTRY
 
 REMOTE = backend.simulated and os.environ.get("PYTRAIN_SIMT_REMOTE") == "1"
@@ -146,6 +147,44 @@ def test_a_grad_scaler_of_torch_is_asked_nothing(name: str, found: float) -> Non
     del ours.grad_scale, ours.found_inf  # type: ignore[attr-defined]
     ours.step()
     assert not ours.step_was_skipped
+
+
+@here
+def test_an_average_follows_applied_steps_and_asks_the_device_nothing() -> None:
+    model = nn.ParameterList(problem())
+    params = list(model)
+    optimizer, ema = REGISTRY["sgd"](params, lr=0.1), EMA(model, 0.75)  # type: ignore[call-arg, arg-type]
+    pytrain.step(optimizer, ema=ema)
+    expected = [p.detach().double() for p in params]
+    with NoReads() as seen:
+        for bad in (1.0, float("inf"), float("nan"), 1.0, 1.0):
+            params[1].grad[7] = bad
+            pytrain.step(optimizer, ema=ema)
+            if bad == 1.0:
+                expected = [0.75 * e + 0.25 * p.detach().double() for e, p in zip(expected, params, strict=True)]
+    assert seen.reads == []
+    assert ema.steps == ema.n_averaged == 4 and ema.state_dict()["steps"] == 4
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(ema.averages[id(p)].double(), e, rtol=1e-6, atol=1e-6)
+    pytrain.step(optimizer, ema=ema)
+    ema.update()
+    assert ema.steps == 6
+
+
+@here
+@pytest.mark.parametrize("make", [lambda m: EMA(m, start_step=3), lambda m: EMA(m, every=2), SWA])
+def test_an_average_whose_weights_depend_on_the_count_is_right_too(make: Any) -> None:
+    model = nn.ParameterList(problem())
+    params = list(model)
+    optimizer, average = REGISTRY["sgd"](params, lr=0.1), make(model)  # type: ignore[call-arg, arg-type]
+    other = make(model)
+    for bad in (1.0, float("inf"), 1.0, 1.0, float("nan"), 1.0, 1.0, 1.0):
+        params[1].grad[7] = bad
+        if pytrain.step(optimizer, ema=average).applied:
+            other.update()
+    assert (average.steps, average.n_averaged) == (other.steps, other.n_averaged) == (6, other.n_averaged)
+    for p in params:
+        assert torch.equal(average.averages[id(p)], other.averages[id(p)])
 
 
 @here
