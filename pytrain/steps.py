@@ -19,9 +19,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
 from pytrain.amp import LossScaler, Stage
+from pytrain.backend import is_remote
 from pytrain.clip import Clip, ClipGroup, ClipPer, read_clip
 from pytrain.control import ONE, settle
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
+from pytrain.optim.schedules import Schedule
 from pytrain.parts import Part, Released, part_of
 
 if TYPE_CHECKING:
@@ -136,8 +138,7 @@ def step(
     if scaler is not None:
         scaler.move()
     for i, one in schedules:
-        if controls[i][FOUND_INF] == 0:
-            one.step()
+        _advance(one, controls[i])
     return StepInfo(controls, scale, several)
 
 
@@ -200,6 +201,14 @@ def _follow(ema: Average, optimizers: Sequence[Optimizer], parts: list[Part]) ->
     ema.advance(done)
 
 
+def _advance(schedule: LRScheduler, control: Tensor) -> None:
+    """Let a schedule advance by the step that this control block tells of, if it was applied."""
+    if isinstance(schedule, Schedule) and is_remote(control.device):
+        schedule.advance_where(control[FOUND_INF] == 0)
+    elif control[FOUND_INF] == 0:
+        schedule.step()
+
+
 class StepWindow:
     """One step of several optimizers, each at its own time; see `open_step`."""
 
@@ -243,8 +252,7 @@ class StepWindow:
         controls = take([optimizer], self.scaler, clip, grad_divisor, ema)
         self.stepped.add(id(optimizer))
         for _, one in schedules:
-            if controls[0][FOUND_INF] == 0:
-                one.step()
+            _advance(one, controls[0])
         return StepInfo(controls, scale, several=False)
 
     def __exit__(

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 Decay = Literal["linear", "cosine", "sqrt"]
 DECAYS = ("linear", "cosine", "sqrt")
+WINDOW = 2**16  # steps whose factors are on a device at a time
 
 
 class Schedule(LRScheduler):
@@ -21,7 +22,69 @@ class Schedule(LRScheduler):
     A torch LRScheduler like any other. Passed to `pytrain.step(..., schedule=)` it advances where the step was applied,
     and never on a skipped one. Its state is the count and the settings, all plain numbers; loading takes the saved
     settings over, as torch's schedulers do.
+
+    Where only a device knows whether a step was applied, the schedule follows there without a wait: the groups' lr
+    become tensors (fp64, shape ()) on that device, and reading `last_epoch`, the count, waits for it. A captured CUDA
+    graph replays up to WINDOW = 65,536 steps of it.
     """
+
+    _there: OnDevice | None = None
+
+    @property
+    def last_epoch(self) -> int:
+        """How many steps were applied."""
+        return self._epoch if self._there is None else self._there.begin + int(self._there.count)
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        self._epoch = value
+
+    def advance_where(self, applied: Tensor) -> None:
+        """`step` if `applied` (bool, shape (), on a device) is true, without asking the device."""
+        if self._there is None or self._there.count.device != applied.device or self._there.left == 0:
+            self._come_back()
+            self._there = OnDevice(self, applied.device)
+        self._there.advance(applied)
+        self._there.lend(self.optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one, as torch's schedulers do."""
+        self._come_back()
+        super().step(epoch)
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The lr of each group in the next step."""
+        return super().get_last_lr() if self._there is None else [lr.clone() for lr in self._there.lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count and the settings."""
+        own = {key: value for key, value in super().state_dict().items() if key not in ("_there", "_epoch")}
+        epoch = self.last_epoch
+        lrs = [float(lr) if self._there is not None else lr for lr in self.get_last_lr()]
+        count = own["_step_count"] + (epoch - self._epoch)
+        return {**own, "last_epoch": epoch, "_step_count": count, "_last_lr": lrs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._come_back()
+        self._epoch = state_dict["last_epoch"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "last_epoch"})
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._come_back()
+        return self.__dict__.copy()
+
+    def _come_back(self) -> None:
+        """Have the count and the groups' lr on the host."""
+        there = self._there
+        if there is None:
+            return
+        epoch, lrs = self.last_epoch, there.lrs.tolist()
+        self._step_count += epoch - self._epoch
+        self._there, self._epoch, self._last_lr = None, epoch, lrs
+        for group, view, lr in zip(self.optimizer.param_groups, there.views, lrs, strict=False):
+            if group["lr"] is view:
+                group["lr"] = lr
 
     @abstractmethod
     def factor(self, step: int) -> float:
@@ -169,6 +232,32 @@ class InverseSqrt(Schedule):
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return math.sqrt(self.timescale / (self.timescale + step - self.warmup_steps))
+
+
+class OnDevice:
+    """A schedule's count and lr where a device has them: the count of applied steps picks a factor from a table."""
+
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self.begin = schedule.last_epoch
+        self.left = WINDOW  # steps until the table ends
+        self.table = schedule.table(self.begin, self.begin + WINDOW + 1).to(device)
+        bases = [float(lr) for lr in schedule.base_lrs]
+        self.bases = torch.tensor(bases, dtype=torch.float64, device="cpu").to(device)
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.lrs = self.bases * self.table[0]
+        self.views = list(self.lrs.unbind())
+
+    def advance(self, applied: Tensor) -> None:
+        """One step further where it was applied."""
+        self.left -= 1
+        self.count += applied
+        torch.mul(self.bases, self.table.index_select(0, self.count), out=self.lrs)
+
+    def lend(self, optimizer: Optimizer) -> None:
+        """Let the param groups have the lr, whatever was put there meanwhile."""
+        for group, lr in zip(optimizer.param_groups, self.views, strict=False):
+            if group["lr"] is not lr:
+                group["lr"] = lr
 
 
 def shape(decay: str, gone: float) -> float:
