@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
+from torch import Tensor
 
 from pytrain.amp import LossScaler
-from pytrain.grads import Bucket, GradBuckets, Unused, Work
-from pytrain.parallel.ranks import Ranks, describe, pack_flags, unpack_flags
+from pytrain.grads import Work
+from pytrain.parallel.base import Strategy
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step
 
-REDUCE_DTYPES = (torch.float32, torch.bfloat16)
 
-
-class DDP:
+class DDP(Strategy):
     """Sums gradients over the ranks while backward runs, and steps on every rank alike.
 
         torch.distributed.init_process_group()
@@ -30,134 +24,21 @@ class DDP:
             ranks.step(max_norm=1.0)
             optimizer.zero_grad()
 
-    Parameters and buffers are those of rank 0 from the start; buffers are each rank's own from there on
-    (`send_buffers` evens them out). The model is used as it is, unwrapped.
-
-    Args:
-        module: the model, the same on all ranks.
-        optimizer: steps some or all of its parameters; of pytrain or of torch.
-        group: the process group; None: the default one.
-        bucket_cap_mb, first_bucket_mb, unused: as in `pytrain.grads.GradBuckets`.
-        reduce_dtype: what gradients are summed in: torch.float32 or torch.bfloat16; None: their own dtype.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialized, or the ranks' models differ: names the first difference.
-        ValueError: an argument is out of its range, or the optimizer has parameters that the module has not.
+    Arguments and errors are those of `Strategy`; the optimizer may be pytrain's or torch's.
 
     Source: Li et al. 2020, PyTorch Distributed (arXiv:2006.15704).
     """
 
     name = "ddp"
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        *,
-        group: dist.ProcessGroup | None = None,
-        bucket_cap_mb: float = 25.0,
-        first_bucket_mb: float = 1.0,
-        unused: Unused = "error",
-        reduce_dtype: torch.dtype | None = None,
-    ) -> None:
-        if reduce_dtype is not None and reduce_dtype not in REDUCE_DTYPES:
-            raise ValueError(f"reduce_dtype: expected torch.float32, torch.bfloat16 or None, got {reduce_dtype}")
-        self.ranks, self.module, self.optimizer, self.reduce_dtype = Ranks(group), module, optimizer, reduce_dtype
-        places = {id(p): i for i, each in enumerate(optimizer.param_groups) for p in each["params"]}
-        named = {id(p): name for name, p in module.named_parameters()}
-        for i, each in enumerate(optimizer.param_groups):
-            for k, p in enumerate(each["params"]):
-                if id(p) not in named:
-                    raise ValueError(f"optimizer: param_groups[{i}]['params'][{k}] is no parameter of the module")
-        self.ranks.check_alike("the model", describe(module, places))
-        self.ranks.send_from_first([*module.parameters(), *module.buffers()])
-        params = [p for p in module.parameters() if id(p) in places]
-        self.buckets = GradBuckets(
-            params,
-            self._reduce,
-            groups=[places[id(p)] for p in params],
-            names=[named[id(p)] for p in params],
-            bucket_cap_mb=bucket_cap_mb,
-            first_bucket_mb=first_bucket_mb,
-            unused=unused,
-        )
-        # Sums of fp16 gradients are taken of smaller ones, so that none overflows which the average would not.
-        low = any(p.dtype == torch.float16 for p in params) and reduce_dtype is None
-        self.divided_before = 2.0 ** math.ceil(math.log2(self.ranks.size)) if low else 1.0
-        self.stop = False
+    def _collect(self, flat: Tensor) -> Work | None:
+        work: Work | None = dist.all_reduce(flat, group=self.ranks.group, async_op=True)
+        return work
 
-    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """A micro-batch's backward. Gradients are summed over the ranks in the last one of a step; see GradBuckets."""
-        return self.buckets.accumulate(last=last)
-
-    def step(
-        self, scaler: LossScaler | None = None, *, weight: float = 1.0, stop: bool = False, **options: Any
-    ) -> StepInfo:
-        """As `pytrain.step` of the optimizer, with the gradients of all ranks.
-
-        The gradient that is applied is the sum over micro-batches and ranks, divided by the sum of all weights.
-
-        Args:
-            scaler: what scaled the loss.
-            weight: of this rank's gradients, >= 0: the number of its micro-batches, or of their tokens where each loss
-                is a sum over tokens.
-            stop: this rank is to stop; afterwards `self.stop` says whether any of them is.
-            options: `max_norm` and the others of `pytrain.step`, but for grad_divisor.
-
-        Raises:
-            RuntimeError: a parameter has no gradient (see `unused`), or there was no backward.
-            ValueError: as `pytrain.step`; the weights of all ranks are zero.
-        """
-        if not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
-            raise ValueError(f"weight: expected a finite number >= 0, got {weight!r}")
-        self.buckets.finish()
-        total = self._agree(float(weight), stop)
+    def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
+        total = self.agree(weight, stop)  # the gradients, and with them flags and norms, are the same by now
         info = pytrain_step(self.optimizer, scaler, grad_divisor=total / self.divided_before, **options)
         order = self.buckets.observed_order()
         if order is not None:
             self.buckets.follow(self.ranks.from_first(order))
         return info
-
-    def send_buffers(self) -> None:
-        """Have the module's buffers (BatchNorm statistics) be those of rank 0 everywhere."""
-        self.ranks.send_from_first(list(self.module.buffers()))
-
-    def close(self) -> None:
-        """Leave the model as it was: gradients are each rank's own again."""
-        self.buckets.close()
-
-    def _agree(self, weight: float, stop: bool) -> float:
-        """One small all-reduce: the sum of weights, who stops, and what was used. Gradients are the same by now."""
-        buckets, size = self.buckets, self.ranks.size
-        flags = pack_flags(buckets.used, size) if buckets.unused == "agree" else []
-        total, stopping, *sums = self.ranks.sum([weight, float(stop), *flags])
-        self.stop = stopping > 0
-        if flags:
-            buckets.drop_unused(unpack_flags(sums, len(buckets.used), size))
-        if not total > 0:
-            raise ValueError("weight: the weights of all ranks are zero")
-        return total
-
-    def _reduce(self, bucket: Bucket) -> Work | None:
-        flat = torch.view_as_real(bucket.flat) if bucket.flat.is_complex() else bucket.flat
-        if self.divided_before != 1.0:
-            flat.mul_(1.0 / self.divided_before)
-        dtype = self.reduce_dtype
-        if dtype is None or flat.dtype in (dtype, torch.float64):
-            work: Work | None = dist.all_reduce(flat, group=self.ranks.group, async_op=True)
-            return work
-        summed = flat.to(dtype)
-        return Cast(dist.all_reduce(summed, group=self.ranks.group, async_op=True), summed, flat)
-
-
-class Cast:
-    """A reduction in another dtype, whose result goes back into the bucket."""
-
-    def __init__(self, work: Work | None, source: Tensor, target: Tensor) -> None:
-        self.work, self.source, self.target = work, source, target
-
-    def wait(self) -> None:
-        """Return when the bucket holds the result."""
-        if self.work is not None:
-            self.work.wait()
-        self.target.copy_(self.source)
