@@ -134,6 +134,15 @@ class Bucket:
     work: Work | None = None
     arrived: list[bool] = field(default_factory=list)
 
+    def give_memory_back(self) -> None:
+        """Have no memory until gradients come again; views of it must not be used meanwhile."""
+        self.flat.untyped_storage().resize_(0)
+
+    def take_memory(self) -> None:
+        """Have memory, if it was given back."""
+        if not self.flat.untyped_storage().nbytes():
+            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+
     def expect_all(self) -> None:
         """Begin a micro-batch."""
         self.state, self.missing, self.work = BucketState.EMPTY, len(self.params), None
@@ -154,6 +163,12 @@ class GradBuckets:
             loss_of(second).backward()
         buckets.finish()
         optimizer.step(); optimizer.zero_grad()
+
+    Attributes:
+        buckets: in the order in which they leave.
+        trained: which of params are trained now, by number; the lists below are in its order.
+        used: which had a gradient when `finish` was called.
+        present: which have one after it.
 
     Args:
         params: parameters that are trained; tied ones count once, frozen ones are left out until they are unfrozen.
@@ -223,6 +238,7 @@ class GradBuckets:
         if not self.trained:
             raise ValueError("params: none of them requires a gradient")
         params = [self._all[i] for i in self.trained]
+        self.used, self.present = [False] * len(params), [False] * len(params)
         cap, first, align = self._caps
         plans = plan_buckets(
             [p.numel() for p in params],
@@ -355,6 +371,7 @@ class GradBuckets:
                 sources.append(grad)
         if not targets:
             return
+        bucket.take_memory()
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
         for k, param in enumerate(bucket.params):
@@ -382,12 +399,13 @@ class GradBuckets:
         if all(bucket.state is BucketState.REDUCED for bucket in self.buckets):
             raise RuntimeError("finish: there was no backward since the last finish()")
         self._check_unfrozen()
-        self.used = [False] * len(self.trained)
         missing = []
         for bucket in self.buckets:
+            left = bucket.state is BucketState.IN_FLIGHT
             for k, slot in enumerate(bucket.plan.slots):
-                self.used[slot.param] = bucket.params[k].grad is not None
-                if bucket.params[k].grad is None and bucket.params[k].requires_grad:
+                used, wanted = left or bucket.params[k].grad is not None, bucket.params[k].requires_grad
+                self.used[slot.param], self.present[slot.param] = used, used or wanted
+                if wanted and not used:
                     missing.append(self.name_of(bucket, k))
         if missing and self.unused == "error":
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -413,10 +431,11 @@ class GradBuckets:
         for bucket in self.buckets:
             for slot, param in zip(bucket.plan.slots, bucket.params, strict=True):
                 if not used[slot.param]:
-                    param.grad = None
+                    param.grad, self.present[slot.param] = None, False
 
     def _fill_up(self, bucket: Bucket) -> None:
         """Zeros where no gradient came."""
+        bucket.take_memory()
         self._gather(bucket)
         with torch.no_grad():
             empty = [view for view, p in zip(bucket.views, bucket.params, strict=True) if p.grad is None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ except ImportError:  # a torch that has it elsewhere: always take the way that i
 
 NO_AVERAGES: dict[int, Tensor] = {}
 NO_STAGES: list[Stage] = []
+
+
+class Shards(Protocol):
+    """Other ranks, which hold what this one has not of the parameters that are stepped."""
+
+    def agree_on(self, controls: list[Tensor]) -> None:
+        """Have every rank's control blocks tell of all gradients."""
+
+    def publish(self) -> None:
+        """Have every rank's parameters be whole."""
 
 
 class StepInfo:
@@ -95,6 +105,7 @@ def step(
     grad_divisor: float = 1.0,
     schedule: LRScheduler | Sequence[LRScheduler] | None = None,
     ema: Average | None = None,
+    shards: Shards | None = None,
 ) -> StepInfo:
     r"""Check, unscale and clip the gradients, update parameters and averages, then the loss scale and the schedule.
 
@@ -116,6 +127,7 @@ def step(
         schedule: one or several torch schedulers of these optimizers. A schedule advances where its optimizer's step
             was applied.
         ema: an average that follows the parameters wherever the step was applied.
+        shards: who holds the rest of parameters of which this optimizer has pieces; see `pytrain.parallel`.
 
     Raises:
         ValueError: an argument is out of its range, or a gradient or a state does not fit its parameter; nothing was
@@ -134,7 +146,7 @@ def step(
     schedules = () if schedule is None else _check_schedules(listed, schedule)
     scale = 1.0 if scaler is None else scaler.scale_now()
     run = _take_eagerly if is_dynamo_compiling() or dynamo_callback() is not None else take
-    controls = run(listed, scaler, clip, grad_divisor, ema)
+    controls = run(listed, scaler, clip, grad_divisor, ema, shards)
     if scaler is not None:
         scaler.move()
     for i, one in schedules:
@@ -148,6 +160,7 @@ def take(
     clip: Clip,
     divisor: float = 1.0,
     ema: Average | None = None,
+    shards: Shards | None = None,
 ) -> list[Tensor]:
     """The straight line of a step, up to the loss scale's update. Returns each optimizer's control block."""
     parts = _check_parts(optimizers, scaler, clip, divisor, ema)
@@ -162,7 +175,9 @@ def take(
             scaled[i] = int(not stage.unscaled)
             if stage.found_inf is not None:  # by an unscale_() before
                 control[FOUND_INF] += stage.found_inf
-        # AGREE    on found_inf and sumsq with all ranks: here is one process
+        # AGREE    on found_inf and sumsq with all ranks
+        if shards is not None:
+            shards.agree_on(controls)
         # CONTROL  norms, clip coefficients, what unscales
         settle(controls, ONE if scaler is None else scaler.current, scaled, clip.groups, clip.max_norms)
         # PASS 2   read p, g, m, v -> write p, m, v, low copy, average, g = 0; nothing where found_inf
@@ -176,6 +191,8 @@ def take(
         raise
     for stage in stages:
         stage.stepped = True
+    if shards is not None:
+        shards.publish()
     if ema is not None:
         _follow(ema, optimizers, parts)
     return [control.clone() for control in controls]

@@ -120,7 +120,7 @@ class Storage:
                 )
             wide = self.keep in ("master", "master_low") or (exact and not drop_in)
             return "fp32" if wide and param.dtype in LOW_PRECISION else FORMAT_OF[param.dtype]
-        if self.state == "8bit" and not exact and param.numel() >= CODED_FROM:
+        if self.state == "8bit" and not exact and getattr(param, "whole_numel", param.numel()) >= CODED_FROM:
             return coded(rule, name)
         return "bf16" if self.state == "bf16" and not exact else "fp32"
 

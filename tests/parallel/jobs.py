@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import pytrain
-from pytrain import optim
+from pytrain import optim, parallel
 from pytrain.amp import LossScaler
+from pytrain.ema import EMA
 from pytrain.optim import AdamW
-from pytrain.parallel import DDP, Ranks
+from pytrain.parallel import DDP, Ranks, Zero1, Zero2
 
 Group = dist.ProcessGroup
 ROWS = 6  # of each rank's batch
@@ -40,12 +42,20 @@ def values(net: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in net.parameters()]
 
 
-def train(group: Group, dtype: torch.dtype, options: dict[str, Any], step: dict[str, Any], name: str = "AdamW") -> Any:
+def train(
+    group: Group,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    step: dict[str, Any],
+    name: str = "AdamW",
+    strategy: str = "DDP",
+) -> Any:
     """Three steps of two micro-batches of unequal length; parameters, norms and scales."""
     rank = dist.get_rank(group)
     net = model(dtype, seed=rank)  # those of rank 0 win
     optimizer = getattr(optim, name)(net.parameters(), lr=0.01)
-    ranks, scaler = DDP(net, optimizer, group=group, **options), LossScaler(init_scale=8.0)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group, **options)
+    scaler = LossScaler(init_scale=8.0)
     seen = []
     for n in range(3):
         rows = [ROWS - rank, 2 + n]
@@ -78,11 +88,11 @@ def train_alone(size: int, dtype: torch.dtype, step: dict[str, Any], name: str =
     return values(net), seen, scaler.get_scale()
 
 
-def overflow_on_one(group: Group, bad_rank: int) -> Any:
+def overflow_on_one(group: Group, bad_rank: int, strategy: str = "DDP") -> Any:
     """A step whose gradient is inf on one rank only."""
     net = model()
     optimizer, scaler = AdamW(net.parameters()), LossScaler(init_scale=8.0)
-    ranks, before = DDP(net, optimizer, group=group), values(net)
+    ranks, before = getattr(parallel, strategy)(net, optimizer, group=group), values(net)
     loss = summed_loss(net, batch(0, 4, torch.float64))
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if dist.get_rank(group) == bad_rank:  # too late for what has left: it comes with the next backward
@@ -97,12 +107,12 @@ def overflow_on_one(group: Group, bad_rank: int) -> Any:
     return first, moved, second, same, scaler.get_scale()
 
 
-def branches(group: Group, unused: str, used_on: list[list[int]]) -> Any:
+def branches(group: Group, unused: str, used_on: list[list[int]], strategy: str = "DDP") -> Any:
     """One step of a model with three branches, of which each rank uses some."""
     params = [Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3)]
     net = nn.ParameterList(params)
-    optimizer = torch.optim.SGD(params, lr=1.0, weight_decay=0.5)
-    ranks = DDP(net, optimizer, group=group, unused=unused)  # type: ignore[arg-type]
+    optimizer = optim.SGD(params, lr=1.0, weight_decay=0.5)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group, unused=unused)
     torch.stack([params[i].sum() for i in used_on[dist.get_rank(group)]]).sum().backward()
     try:
         ranks.step()
@@ -163,3 +173,104 @@ def numbers(group: Group, mine: list[list[float]], order: list[list[int]]) -> An
     """What `Ranks` agrees on."""
     ranks = Ranks(group)
     return ranks.sum(mine[ranks.rank]), ranks.from_first(order[ranks.rank])
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+
+def wide(dtype: torch.dtype) -> nn.Sequential:
+    """Large enough for 8-bit states, and with a parameter that is not contiguous."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 70), nn.Tanh(), nn.Linear(70, 66), nn.Tanh(), nn.Linear(66, 3))
+    net[2].weight.data = net[2].weight.detach().t().contiguous().t()
+    return net.to(dtype)
+
+
+def run(net: nn.Module, stepper: Any, optimizer: Any, begin: int, end: int, rank: int, dtype: torch.dtype) -> None:
+    """Steps on the same data on all ranks, so that any number of ranks, a power of two, does the same to the bit."""
+    for n in range(begin, end):
+        summed_loss(net, batch(n, 4, dtype)).backward()
+        stepper(n)
+        optimizer.zero_grad()
+
+
+def alike(group: Group, strategy: str, name: str, options: dict[str, Any], dtype: torch.dtype, steps: int = 3) -> Any:
+    """Parameters, whole state and the bytes of this rank's state after some steps; and after some more, resumed."""
+    net = wide(dtype)
+    optimizer = getattr(optim, name)(net.parameters(), lr=0.01, **options)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group, bucket_cap_mb=0.02)
+    rank = dist.get_rank(group)
+    run(net, lambda n: ranks.step(), optimizer, 0, steps, rank, dtype)
+    own = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim())
+    whole = optimizer.state_dict() if strategy == "DDP" else ranks.state_dict()
+    saved = {
+        "state": {i: {k: v.clone() for k, v in s.items()} for i, s in whole["state"].items()},
+        "param_groups": whole["param_groups"],
+    }
+    between = values(net)
+    run(net, lambda n: ranks.step(), optimizer, steps, 2 * steps, rank, dtype)
+    return between, saved, own, values(net)
+
+
+def resume(
+    group: Group,
+    strategy: str,
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    params: list[Tensor],
+    saved: dict[str, Any],
+    steps: int = 3,
+) -> Any:
+    """The second half of `alike`, from what its first half has saved."""
+    net = wide(dtype)
+    for p, value in zip(net.parameters(), params, strict=True):
+        p.data.copy_(value)
+    optimizer = getattr(optim, name)(net.parameters(), lr=0.5, **options)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group, bucket_cap_mb=0.003)
+    saved = copy.deepcopy(saved)  # what came through a pipe is memory that processes share
+    (optimizer if strategy == "DDP" else ranks).load_state_dict(saved)
+    rank = dist.get_rank(group)
+    run(net, lambda n: ranks.step(), optimizer, steps, 2 * steps, rank, dtype)
+    return values(net)
+
+
+def averaged(group: Group, strategy: str) -> Any:
+    """A module's averages under a strategy, and a closed strategy's optimizer."""
+    net = wide(torch.float64)
+    optimizer, ema = AdamW(net.parameters(), lr=0.01), EMA(net, 0.5)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group)
+    rank = dist.get_rank(group)
+    run(net, lambda n: ranks.step(ema=ema), optimizer, 0, 3, rank, torch.float64)
+    ranks.close()
+    run(net, lambda n: optimizer.step(), optimizer, 3, 5, rank, torch.float64)
+    return [ema.averages[id(p)] for p in net.parameters()], values(net)
+
+
+def memory(group: Group) -> Any:
+    """Bytes of Zero2's buckets between steps, and of its shards."""
+    net = wide(torch.float32)
+    optimizer = AdamW(net.parameters())
+    ranks = Zero2(net, optimizer, group=group, bucket_cap_mb=0.01)
+    run(net, lambda n: ranks.step(), optimizer, 0, 2, 0, torch.float32)
+    buckets = ranks.buckets.buckets
+    return sum(b.flat.untyped_storage().nbytes() for b in buckets), sum(b.flat.numel() * 4 for b in buckets)
+
+
+def refused(group: Group, what: str) -> str:
+    """The error of an optimizer that shards do not take."""
+    net = model(torch.bfloat16 if what == "stochastic" else torch.float32)
+    optimizer: torch.optim.Optimizer = AdamW(net.parameters())
+    if what == "torch":
+        optimizer = torch.optim.AdamW(net.parameters())
+    if what == "LAMB":
+        optimizer = optim.LAMB(net.parameters())
+    if what == "stochastic":
+        optimizer = AdamW(net.parameters(), rounding="stochastic")
+    if what == "release":
+        optimizer = AdamW(net.parameters(), step_in_backward=True)
+    try:
+        Zero1(net, optimizer, group=group)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return "no error"

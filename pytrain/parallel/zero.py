@@ -1,0 +1,336 @@
+"""Sharded data parallel training: each rank keeps, and steps, the optimizer's state of its own part of every bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim.optimizer import Optimizer
+
+from pytrain.amp import LossScaler
+from pytrain.grads import ALIGN_BYTES, Bucket, Work
+from pytrain.optim.base import FusedOptimizer
+from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, SUMSQ
+from pytrain.optim.storage import CODE_BLOCK, SCALE
+from pytrain.parallel.base import Strategy, check_total
+from pytrain.steps import StepInfo
+from pytrain.steps import step as pytrain_step
+
+# The collectives' names, the current one first.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+AHEAD = 2  # buckets that Zero2 has in flight at a time
+
+
+@dataclass
+class Piece:
+    """What a rank owns of one parameter: elements `begin` to `end` of it in the order of its memory.
+
+    Attributes:
+        param: these elements, as a parameter of their own.
+        owner: the parameter.
+        number: the owner's place among all parameters of the optimizer, `group` its param group, and `trained` its
+            place among those of the buckets.
+        at: where `begin` lies in the shard of bucket `bucket`.
+    """
+
+    param: Parameter
+    owner: Tensor
+    number: int
+    group: int
+    trained: int
+    begin: int
+    end: int
+    bucket: int
+    at: int
+
+
+class Zero1(Strategy):
+    """As `DDP`, but each rank keeps only its share of the optimizer's state, steps that, and gathers the parameters.
+
+        ranks = pytrain.parallel.Zero1(model, optimizer)
+
+    From now on the optimizer's param groups hold this rank's pieces, so that schedules and changes of hyperparameters
+    work as ever; state that there is already is cut into pieces. `state_dict` gives, and `load_state_dict` takes, the
+    whole of it, as one process has it. Each bucket's parameters lie in one block of memory. Gradients are gone after a
+    step.
+
+    Arguments and errors are those of `Strategy`.
+
+    Raises:
+        TypeError: the optimizer is none of pytrain's.
+        ValueError: it needs whole tensors (norms, rows and columns), steps in backward, or rounds stochastically.
+
+    Source: Rajbhandari et al. 2020, ZeRO, section 5.1 (arXiv:1910.02054).
+    """
+
+    name = "zero1"
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+        self._optimizer = _check_optimizer(optimizer)
+        super().__init__(module, optimizer, **options)
+        state = optimizer.state_dict() if optimizer.state else None
+        self._whole = [list(group["params"]) for group in optimizer.param_groups]
+        self.flats: list[Tensor] = []  # the parameters, a block a bucket
+        self.pieces: list[Piece] = []
+        self._lay_out()
+        self._own = (0.0, 0.0)  # this rank's weight, and whether it is to stop
+        if state is not None:
+            self.load_state_dict(state)
+
+    def shards(self) -> int:
+        """One a rank."""
+        return self.ranks.size
+
+    def align_bytes(self) -> int:
+        """So that no block of 8-bit codes is cut, where there are any."""
+        return CODE_BLOCK * 4 if self._optimizer.storage.state == "8bit" else ALIGN_BYTES
+
+    @torch.no_grad()
+    def _lay_out(self) -> None:
+        """Move the parameters into blocks of the buckets' layout; the optimizer takes this rank's pieces."""
+        flat_params = [(p, index) for index, params in enumerate(self._whole) for p in params]
+        places = {id(p): (number, index) for number, (p, index) in enumerate(flat_params)}
+        for bucket in self.buckets.buckets:
+            flat = torch.zeros_like(bucket.flat)
+            size = flat.numel() // self.ranks.size
+            low = size * self.ranks.rank
+            for slot, param, view in zip(bucket.plan.slots, bucket.params, bucket.views, strict=True):
+                home = flat.as_strided(view.shape, view.stride(), slot.offset)
+                home.copy_(param)
+                param.data = home
+                first, last = max(low, slot.offset), min(low + size, slot.offset + slot.numel)
+                if first < last:
+                    piece = Parameter(flat[first:last])
+                    piece.whole_numel = slot.numel  # type: ignore[attr-defined]
+                    begin, end = first - slot.offset, last - slot.offset
+                    self.pieces += [
+                        Piece(piece, param, *places[id(param)], slot.param, begin, end, bucket.index, first - low)
+                    ]
+            self.flats.append(flat)
+        self.pieces.sort(key=lambda piece: piece.number)
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [piece.param for piece in self.pieces if piece.group == index]
+        self.optimizer.state.clear()
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    def _collect(self, flat: Tensor) -> Work | None:
+        work: Work | None = _reduce_scatter(self._shard(flat), flat, group=self.ranks.group, async_op=True)
+        return work
+
+    def _shard(self, flat: Tensor) -> Tensor:
+        return flat.view(self.ranks.size, -1)[self.ranks.rank]
+
+    def _reduced(self, bucket: Bucket) -> Tensor:
+        """This rank's shard of the reduced gradients."""
+        return self._shard(bucket.flat)
+
+    def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
+        if self.buckets.unused == "agree":  # which pieces take no part must be known before gradients are looked at
+            weight = self.agree(weight, stop) / self.ranks.size
+            stop = self.stop
+        self._own = (weight, float(stop))
+        shards = [self._reduced(bucket) for bucket in self.buckets.buckets]
+        for piece in self.pieces:
+            if self.buckets.present[piece.trained]:
+                piece.param.grad = shards[piece.bucket][piece.at : piece.at + piece.end - piece.begin]
+        for params in self._whole:
+            for p in params:
+                p.grad = None
+        try:
+            return pytrain_step(self.optimizer, scaler, grad_divisor=1.0 / self.divided_before, shards=self, **options)
+        finally:
+            for piece in self.pieces:
+                piece.param.grad = None
+
+    def agree_on(self, controls: Sequence[Tensor]) -> None:
+        """AGREE of a step: one small all-reduce of the flag, the sums of squares, the weights and who stops."""
+        control = controls[0]
+        rows = control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
+        own = torch.tensor(self._own, dtype=torch.float64, device="cpu").to(control.device)
+        message = torch.cat([own, control[FOUND_INF : FOUND_INF + 1], rows[:, SUMSQ]]).to(self.ranks.device)
+        dist.all_reduce(message, group=self.ranks.group)
+        message = message.to(control.device)
+        self.stop = bool(message[1] > 0)
+        check_total(float(message[0]))
+        control[INV_SCALE] /= message[0]
+        control[FOUND_INF] = message[2]
+        rows[:, SUMSQ] = torch.where(message[2] > 0, torch.nan, message[3:])  # no norm, as where one rank has it all
+
+    def publish(self) -> None:
+        """After pass 2: every rank gets the parameters that the others have stepped."""
+        works = [_all_gather(flat, self._shard(flat), group=self.ranks.group, async_op=True) for flat in self.flats]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's whole state, as one process has it, on every rank; all ranks must call this.
+
+        It loads into the same optimizer without shards, and with any number of them.
+        """
+        own = [(piece.number, piece.begin, self.optimizer.state.get(piece.param, {})) for piece in self.pieces]
+        everyone: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(everyone, own, group=self.ranks.group)
+        parts: dict[int, list[tuple[int, dict[str, Tensor]]]] = {}
+        for number, begin, state in (part for one in everyone for part in one):
+            parts.setdefault(number, []).append((begin, state))
+        saved = self.optimizer.state_dict()
+        params = [p for group in self._whole for p in group]
+        saved["state"] = {
+            number: _join(params[number], sorted(parts[number], key=lambda part: part[0]))
+            for number in sorted(parts)
+            if parts[number][0][1]
+        }
+        first = 0
+        for group, whole in zip(saved["param_groups"], self._whole, strict=True):
+            group["params"] = list(range(first, first + len(whole)))
+            first += len(whole)
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take this rank's pieces of a whole state.
+
+        Raises:
+            ValueError: the param groups do not match, or a state's shape is not its parameter's.
+        """
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(whole) for whole in self._whole]:
+            raise ValueError(
+                f"load_state_dict: the state has groups of {sizes} parameters, the optimizer of "
+                f"{[len(whole) for whole in self._whole]}"
+            )
+        numbers = [number for group in groups for number in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        cut_groups: list[dict[str, Any]] = []
+        for index, group in enumerate(groups):
+            own = [piece for piece in self.pieces if piece.group == index]
+            first = sum(len(one["params"]) for one in cut_groups)
+            cut_groups.append({**group, "params": list(range(first, first + len(own)))})
+            for k, piece in enumerate(own):
+                whole = state_dict["state"].get(numbers[piece.number])
+                if whole:
+                    state[first + k] = _cut(piece, whole)
+        self.optimizer.load_state_dict({"state": state, "param_groups": cut_groups})
+
+    def close(self) -> None:
+        """Let the model and the optimizer go, which has its whole state again; all ranks must call this."""
+        state = self.state_dict()
+        super().close()
+        for group, whole in zip(self.optimizer.param_groups, self._whole, strict=True):
+            group["params"] = whole
+        self.optimizer.state.clear()
+        self.optimizer.load_state_dict(state)
+
+
+class Zero2(Zero1):
+    """As `Zero1`, and each rank keeps only its shard of the gradients: a reduced bucket's memory is given back.
+
+    While micro-batches are accumulated (`accumulate(last=False)`), gradients are whole on every rank.
+
+    Source: Rajbhandari et al. 2020, ZeRO, section 5.2 (arXiv:1910.02054).
+    """
+
+    name = "zero2"
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+        super().__init__(module, optimizer, **options)
+        self._kept = [torch.zeros_like(self._shard(bucket.flat)) for bucket in self.buckets.buckets]
+        self._flying: list[Early] = []
+        for bucket in self.buckets.buckets:
+            bucket.give_memory_back()
+
+    def _reduce(self, bucket: Bucket) -> Work | None:
+        for p in bucket.params:
+            p.grad = None  # a view of what is given back
+        work = Early(super()._reduce(bucket), bucket, self)
+        self._flying = [one for one in self._flying if not one.done]
+        if len(self._flying) >= AHEAD:
+            self._flying.pop(0).wait()
+        self._flying.append(work)
+        return work
+
+    def _reduced(self, bucket: Bucket) -> Tensor:
+        return self._kept[bucket.index]
+
+    def keep(self, bucket: Bucket) -> None:
+        """Take this rank's shard out of a reduced bucket, and give its memory back."""
+        self._kept[bucket.index].copy_(self._shard(bucket.flat))
+        bucket.give_memory_back()
+
+
+class Early:
+    """A reduction after which only this rank's shard is kept."""
+
+    def __init__(self, work: Work | None, bucket: Bucket, strategy: Zero2) -> None:
+        self.work, self.bucket, self.strategy, self.done = work, bucket, strategy, False
+
+    def wait(self) -> None:
+        """Return when the shard is there; once."""
+        if not self.done:
+            self.done = True
+            if self.work is not None:
+                self.work.wait()
+            self.strategy.keep(self.bucket)
+
+
+def _check_optimizer(optimizer: Optimizer) -> FusedOptimizer:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"optimizer: expected one of pytrain.optim, got {name}; with torch's own use DDP")
+    whole = not optimizer.takes_control or any(rule.sums for rule in optimizer.rules)
+    if whole:
+        raise ValueError(f"optimizer: {name} needs whole tensors, and shards cut them; use DDP")
+    if optimizer.storage.in_backward:
+        raise ValueError("optimizer: step_in_backward=True steps before gradients are reduced; leave it out")
+    if optimizer.storage.stochastic:
+        raise ValueError("optimizer: rounding='stochastic' draws its numbers a whole tensor at a time; use DDP")
+    return optimizer
+
+
+def _is_scales(name: str, state: Mapping[str, Any]) -> bool:
+    return name.endswith(SCALE) and name.removesuffix(SCALE) in state
+
+
+def _join(param: Tensor, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """A parameter's whole state from that of its pieces, in order."""
+    layout = torch.empty_like(param, device="meta")
+    joined = {}
+    for name, value in parts[0][1].items():
+        if value.dim() == 0:  # counts and the like, the same in all pieces
+            joined[name] = value
+            continue
+        flat = torch.cat([state[name] for _, state in parts])
+        whole = flat if _is_scales(name, parts[0][1]) else flat.as_strided(layout.shape, layout.stride())
+        joined[name] = whole.to(param.device)
+    return joined
+
+
+def _cut(piece: Piece, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """A piece's part of a parameter's whole state."""
+    layout, own = torch.empty_like(piece.owner, device="meta"), {}
+    for name, value in whole.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            own[name] = value
+        elif _is_scales(name, whole):
+            own[name] = value[piece.begin // CODE_BLOCK : -(-piece.end // CODE_BLOCK)].clone()
+        elif value.shape != piece.owner.shape:
+            raise ValueError(
+                f"load_state_dict: state {name!r} of parameter {piece.number} has shape {tuple(value.shape)}, expected "
+                f"{tuple(piece.owner.shape)}"
+            )
+        else:
+            flat = torch.empty(piece.owner.numel(), dtype=value.dtype, device=value.device)
+            flat.as_strided(layout.shape, layout.stride()).copy_(value)
+            own[name] = flat[piece.begin : piece.end].clone()
+    return own
