@@ -47,10 +47,12 @@ enum class Class : int { fp32, fp64, mixed };
 
 // Launches return nothing, or why they failed.
 struct Backend {
-  int64_t job_bytes;  // sizeof(Job): both sides must be of the same build
+  int64_t bytes;  // bytes_of_build: both sides must be of the same build
   // Calls body(stream, context) with this device current and the stream that work is queued on now.
   void (*on_device)(int64_t device, void (*body)(void* stream, void* context), void* context);
   int64_t (*multiprocessors)(int64_t device);  // launches take as many blocks as these hold at a time
+  // Which capture makes a graph of what is queued on this stream now; 0: none, it runs.
+  uint64_t (*capture)(void* stream);
   const char* (*step)(Class kind, int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
   const char* (*stats)(const Job& job, int64_t multiprocessors, void* stream);
   const char* (*average)(const Job& job, int64_t multiprocessors, void* stream);
@@ -67,6 +69,9 @@ const char* launch_average(const Job& job, int64_t multiprocessors, void* stream
 const char* launch_upload(const Piece& piece, void* to, void* stream);
 const char* launch_settle(const Settle& job, void* stream);
 const char* launch_scaler(const ScalerUpdate& job, void* stream);
+
+// Differs where what both sides share does.
+constexpr int64_t bytes_of_build = sizeof(Job) + sizeof(Backend);
 
 inline const char* launch_step(Class kind, int rule, bool measure, const Job& job, int64_t multiprocessors,
                                void* stream) {

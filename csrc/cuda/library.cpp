@@ -48,8 +48,17 @@ void on_device(int64_t device, void (*body)(void* stream, void* context), void* 
   body(accelerator::getCurrentStream(index).nativeHandle(), context);
 }
 
-const Backend table{sizeof(Job),    on_device,     multiprocessors, launch_step, launch_stats,
-                    launch_average, launch_upload, launch_settle,   launch_scaler};
+// A stream that cannot answer captures nothing; where it cannot be used at all, the launch says so.
+uint64_t capture(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  const cudaError_t error = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error == cudaSuccess && status != cudaStreamCaptureStatusNone ? id : 0;
+}
+
+const Backend table{bytes_of_build, on_device,      multiprocessors, capture,       launch_step,
+                    launch_stats,   launch_average, launch_upload,   launch_settle, launch_scaler};
 
 }  // namespace
 }  // namespace pytrain::cuda

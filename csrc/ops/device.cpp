@@ -96,9 +96,10 @@ void Queue::upload(const int64_t* words, int64_t n, void* to) {
 }
 
 void DeviceTable::cut(const std::vector<Item>& items) {
-  cut_again_ = numels_.size() != items.size();
-  for (size_t i = 0; !cut_again_ && i < items.size(); ++i) cut_again_ = numels_[i] != items[i].memory.numel;
-  if (!cut_again_) return;
+  bool same = cut_ > 0 && numels_.size() == items.size();
+  for (size_t i = 0; same && i < items.size(); ++i) same = numels_[i] == items[i].memory.numel;
+  if (same) return;
+  ++cut_;
   numels_.clear();
   chunks_.clear();
   large_.clear();
@@ -114,6 +115,52 @@ void DeviceTable::cut(const std::vector<Item>& items) {
   }
 }
 
+// Memory is of one stream's: another one takes its own, so that torch's allocator may give it on.
+DeviceTable::Memory& DeviceTable::memory_for(const Queue& queue, void* stream, int64_t size) {
+  const uint64_t capture = queue.backend().capture(stream);
+  if (!capture) {
+    if (size > eager_.size || stream != eager_.stream || !eager_.room.get()) {
+      eager_ = {queue.room(size), size, stream, 0, 0, {}};
+    }
+    return eager_;
+  }
+  Memory* found = nullptr;
+  for (Memory& memory : captured_) {
+    if (memory.capture != capture) {
+      std::vector<int64_t>().swap(memory.words);  // another capture: it is over, or will write anew
+    } else if (memory.stream == stream && memory.size >= size) {
+      found = &memory;
+    }
+  }
+  if (found) return *found;
+  captured_.push_back({queue.room(size), size, stream, capture, 0, {}});
+  return captured_.back();
+}
+
+// Uploads the words that differ, in the fewest launches that this takes.
+void DeviceTable::write(Queue& queue, Memory& memory, const std::vector<Item>& items, int64_t n_words) const {
+  auto* const to = static_cast<int64_t*>(Queue::memory(memory.room));
+  const bool everything = static_cast<int64_t>(memory.words.size()) != n_words;
+  if (everything) memory.words.assign(n_words, 0);
+  int64_t at = 0;
+  const auto next = [&](const int64_t* words, int64_t count) {
+    for (int64_t i = 0; i < count; i += cuda::Piece::max_words) {
+      const int64_t m = std::min(count - i, cuda::Piece::max_words);
+      if (!everything && std::equal(words + i, words + i + m, memory.words.begin() + at + i)) continue;
+      std::copy(words + i, words + i + m, memory.words.begin() + at + i);
+      if (!everything) queue.upload(words + i, m, to + at + i);
+    }
+    at += count;
+  };
+  next(reinterpret_cast<const int64_t*>(items.data()), static_cast<int64_t>(items.size()) * item_words);
+  if (everything || memory.cut != cut_) {
+    next(chunks_.data(), static_cast<int64_t>(chunks_.size()));
+    next(large_.data(), static_cast<int64_t>(large_.size()));
+    memory.cut = cut_;
+  }
+  if (everything) queue.upload(memory.words.data(), n_words, to);
+}
+
 void DeviceTable::load(Queue& queue, void* stream, std::vector<Item>& items, Job& job) {
   cut(items);
   const int64_t n = static_cast<int64_t>(items.size()), n_chunks = static_cast<int64_t>(chunks_.size()) / chunk_words;
@@ -127,31 +174,14 @@ void DeviceTable::load(Queue& queue, void* stream, std::vector<Item>& items, Job
   const int64_t at_chunks = n * item_words, at_large = at_chunks + n_chunks * chunk_words;
   const int64_t at_ticket = at_large + static_cast<int64_t>(large_.size()), n_words = at_ticket + 1;
   const int64_t room = n_words + (n_chunks + n) * core::max_sums;
-  // Memory is of one stream's: another one takes its own, so that torch's allocator may give it on.
-  if (room > room_ || stream != stream_ || !memory_.get()) {
-    memory_ = queue.room(room);
-    room_ = room;
-    stream_ = stream;
-    uploaded_.clear();
+  Memory& kept = memory_for(queue, stream, room);
+  try {
+    write(queue, kept, items, n_words);
+  } catch (...) {
+    kept.words.clear();  // what stands there now is unknown
+    throw;
   }
-  int64_t* const memory = static_cast<int64_t*>(Queue::memory(memory_));
-  const bool everything = static_cast<int64_t>(uploaded_.size()) != n_words;
-  if (everything) uploaded_.assign(n_words, 0);
-  // Uploads the words that differ, in the fewest launches that this takes.
-  const auto write = [&](int64_t at, const int64_t* words, int64_t count) {
-    for (int64_t i = 0; i < count; i += cuda::Piece::max_words) {
-      const int64_t m = std::min(count - i, cuda::Piece::max_words);
-      if (!everything && std::equal(words + i, words + i + m, uploaded_.begin() + at + i)) continue;
-      std::copy(words + i, words + i + m, uploaded_.begin() + at + i);
-      if (!everything) queue.upload(words + i, m, memory + at + i);
-    }
-  };
-  write(0, reinterpret_cast<const int64_t*>(items.data()), n * item_words);
-  if (everything || cut_again_) {
-    write(at_chunks, chunks_.data(), n_chunks * chunk_words);
-    write(at_large, large_.data(), static_cast<int64_t>(large_.size()));
-  }
-  if (everything) queue.upload(uploaded_.data(), n_words, memory);
+  auto* const memory = static_cast<int64_t*>(Queue::memory(kept.room));
   job.items = reinterpret_cast<const Item*>(memory);
   job.chunks = reinterpret_cast<const cuda::Chunk*>(memory + at_chunks);
   job.large = memory + at_large;
@@ -196,9 +226,18 @@ void set_backend(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   const auto address = static_cast<std::uintptr_t>(to<int64_t>(stack[0]));
   const auto* const backend = reinterpret_cast<const cuda::Backend*>(address);
-  STD_TORCH_CHECK(!backend || backend->job_bytes == static_cast<int64_t>(sizeof(Job)),
+  STD_TORCH_CHECK(!backend || backend->bytes == cuda::bytes_of_build,
                   "_backend: the libraries of kernels come from different builds of pytrain; install it again");
   (to<bool>(stack[1]) ? simt_backend : cuda_backend).store(backend, std::memory_order_release);
+}
+
+// _capture(int device) -> int: which capture makes a graph of what is queued on this device's stream now; 0: none.
+void capture(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::from;
+  Queue queue(torch::stable::detail::to<int64_t>(stack[0]));
+  uint64_t id = 0;
+  queue.run([&](void* stream) { id = queue.backend().capture(stream); });
+  stack[0] = from(static_cast<int64_t>(id));
 }
 
 // _upload(Tensor(a!) to, Tensor numbers) -> (): float64 numbers of the CPU to a device, without waiting for it.
@@ -217,10 +256,12 @@ void upload(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pytrain, m) {
   m.def("_backend(int address, bool simulated) -> ()");
+  m.def("_capture(int device) -> int");
   m.def("_upload(Tensor(a!) to, Tensor numbers) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pytrain, CompositeExplicitAutograd, m) {
   m.impl("_backend", &pytrain::ops::set_backend);
+  m.impl("_capture", &pytrain::ops::capture);
   m.impl("_upload", &pytrain::ops::upload);
 }

@@ -64,22 +64,32 @@ class Queue {
   const cuda::Backend* const backend_;
 };
 
-// What a launch over many parameters reads, kept on the device and written again only where it has changed.
+// What a launch over many parameters reads, kept on the device and written again only where it has changed. What a
+// captured graph reads is its own, and the graph writes it each time that it runs: steps before and after it write
+// elsewhere, and nothing that only a graph will write counts as written.
 class DeviceTable {
  public:
   // Fills in the job's tables. The items' `first_chunk` and `n_chunks` are found here.
   void load(Queue& queue, void* stream, std::vector<cuda::Item>& items, cuda::Job& job);
 
  private:
+  struct Memory {
+    Handle room;
+    int64_t size = 0;              // in words
+    void* stream = nullptr;        // that it was taken on
+    uint64_t capture = 0;          // whose graph has it; 0: none
+    int64_t cut = 0;               // which cut its chunks are
+    std::vector<int64_t> words;    // items, chunks, large, ticket: as the stream leaves them; empty where unknown
+  };
   void cut(const std::vector<cuda::Item>& items);
+  Memory& memory_for(const Queue& queue, void* stream, int64_t size);
+  void write(Queue& queue, Memory& memory, const std::vector<cuda::Item>& items, int64_t n_words) const;
 
   std::vector<int64_t> numels_;            // that the chunks were cut for
   std::vector<int64_t> chunks_, large_;
-  std::vector<int64_t> uploaded_;          // items, chunks, large, ticket: as they are on the device
-  Handle memory_;
-  void* stream_ = nullptr;
-  int64_t room_ = 0;
-  bool cut_again_ = false;
+  int64_t cut_ = 0;                        // how often they were cut
+  Memory eager_;
+  std::vector<Memory> captured_;           // never given back: a graph may run as long as its parameters are there
 };
 
 // One step's launches, as Table::Mode says.

@@ -1,7 +1,11 @@
-// The shipped kernels on the CPU as one library, for csrc/ops to launch as it launches CUDA's.
+// The shipped kernels on the CPU as one library, for csrc/ops to launch as it launches CUDA's. Launches of a capture are
+// recorded, arguments and all, and run when the test replays them, as those of a CUDA graph.
 #include "cuda/backend.h"
 
 #include <cstdlib>
+#include <functional>
+#include <map>
+#include <vector>
 
 #include "simt/shim.h"
 
@@ -13,8 +17,45 @@ void on_device(int64_t, void (*body)(void* stream, void* context), void* context
 // Few, so that blocks take several chunks each.
 int64_t multiprocessors(int64_t) { return 3; }
 
-const Backend table{sizeof(Job),    on_device,     multiprocessors, launch_step, launch_stats,
-                    launch_average, launch_upload, launch_settle,   launch_scaler};
+uint64_t capturing = 0;
+std::map<uint64_t, std::vector<std::function<const char*()>>> graphs;
+
+uint64_t capture(void*) { return capturing; }
+
+const char* run(std::function<const char*()> launch) {
+  if (!capturing) return launch();
+  graphs[capturing].push_back(std::move(launch));
+  return nullptr;
+}
+
+const char* step(Class kind, int rule, bool measure, const Job& job, int64_t width, void* stream) {
+  return run([=] { return launch_step(kind, rule, measure, job, width, stream); });
+}
+
+template <const char* (*launch)(const Job&, int64_t, void*)>
+const char* with_job(const Job& job, int64_t width, void* stream) {
+  return run([=] { return launch(job, width, stream); });
+}
+
+const char* upload(const Piece& piece, void* to, void* stream) {
+  return run([=] { return launch_upload(piece, to, stream); });
+}
+
+template <class Small, const char* (*launch)(const Small&, void*)>
+const char* with_small(const Small& job, void* stream) {
+  return run([=] { return launch(job, stream); });
+}
+
+const Backend table{bytes_of_build,
+                    on_device,
+                    multiprocessors,
+                    capture,
+                    step,
+                    with_job<launch_stats>,
+                    with_job<launch_average>,
+                    upload,
+                    with_small<Settle, launch_settle>,
+                    with_small<ScalerUpdate, launch_scaler>};
 
 }  // namespace
 }  // namespace pytrain::cuda
@@ -26,5 +67,13 @@ EXPORT void pytrain_simt_order(int order, unsigned long long seed) {
   simt::set_order(static_cast<simt::Order>(order), seed);
 }
 EXPORT long long pytrain_simt_launches() { return simt::launches(); }
+// Launches from now on belong to this capture; 0: they run.
+EXPORT void pytrain_simt_capture(unsigned long long id) { pytrain::cuda::capturing = id; }
+// Runs what a capture has recorded; returns how many launches that were.
+EXPORT long long pytrain_simt_replay(unsigned long long id) {
+  const auto& graph = pytrain::cuda::graphs[id];
+  for (const auto& launch : graph) launch();
+  return static_cast<long long>(graph.size());
+}
 EXPORT void pytrain_simt_fail(long long launch) { simt::fail_launch(launch); }
 }

@@ -32,6 +32,11 @@ READS = {"item", "__bool__", "__float__", "__int__", "__index__", "tolist", "cpu
 
 def test_on_a_device_that_the_host_cannot_see() -> None:
     """All others of this file."""
+    run_remote(__file__)
+
+
+def run_remote(file: str) -> None:
+    """Run the tests of a file in a process where no control block can be seen; nothing where this is one."""
     if REMOTE:
         return
     sys.path.insert(0, str(Path(__file__).parent))
@@ -39,7 +44,7 @@ def test_on_a_device_that_the_host_cannot_see() -> None:
 
     build()
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", file],
         env={**os.environ, "PYTRAIN_BACKEND": "simt", "PYTRAIN_SIMT_REMOTE": "1"},
         capture_output=True,
         text=True,
