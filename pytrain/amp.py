@@ -267,7 +267,8 @@ class LossScaler:
         row = self._numbers[SKIPPED_IN_A_ROW] if self._numbers is not None else 0
         if row == 1:
             self._first_bad = weakref.ref(stages[int(self._state[BAD_OPTIMIZER])].optimizer)
-        if row >= self.max_skipped_in_a_row or (self._numbers is None and self._updates % READ_EVERY == 0):
+        due = self._numbers is None and self._updates % READ_EVERY == 0
+        if row >= self.max_skipped_in_a_row or (due and not backend.is_capturing(self._state.device)):
             self._check_floor()
 
     def get_scale(self) -> float:

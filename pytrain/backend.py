@@ -140,6 +140,11 @@ def is_remote(device: torch.device) -> bool:
     return launches(device) and (device.type != "cpu" or os.environ.get("PYTRAIN_SIMT_REMOTE") == "1")
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is queued there now becomes part of a graph, and runs when that is replayed."""
+    return launches(device) and torch.ops.pytrain._capture(-1 if device.type == "cpu" else device.index) != 0
+
+
 def home_of_numbers(param: Tensor) -> torch.device:
     """Where a parameter's step count and scalars are kept: beside it where its kernels count, else on the CPU."""
     return param.device if launches(param.device) else torch.device("cpu")

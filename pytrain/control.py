@@ -67,9 +67,12 @@ def _on(scale: Tensor, device: torch.device) -> Tensor:
     """The scale on the control blocks' device, without a wait for a device; that of no scaler is made there once."""
     if scale is not ONE:
         return scale.to(device, non_blocking=device.type != "cpu")
-    if device not in _ones:
-        _ones[device] = torch.ones((), dtype=torch.float32, device=device)
-    return _ones[device]
+    one = _ones.get(device)
+    if one is None:
+        one = torch.ones((), dtype=torch.float32, device=device)
+        if not backend.is_capturing(device):  # else only the graph writes it, when it is replayed
+            _ones[device] = one
+    return one
 
 
 def settle_in_python(

@@ -71,6 +71,8 @@ class DeviceTable {
  public:
   // Fills in the job's tables. The items' `first_chunk` and `n_chunks` are found here.
   void load(Queue& queue, void* stream, std::vector<cuda::Item>& items, cuda::Job& job);
+  // Whether a graph may still read what is here.
+  bool captured() const { return !captured_.empty(); }
 
  private:
   struct Memory {

@@ -171,6 +171,11 @@ std::shared_ptr<Table> find_table(int64_t id) {
   return found->second;
 }
 
+// _table_captured(int table) -> bool: whether a graph may still step what is in it.
+void table_captured(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = from(find_table(to<int64_t>(stack[0]))->captured());
+}
+
 Table::Mode mode_from(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Table::Mode::write_fitted), "_table_step: mode is ",
                   number,
@@ -243,6 +248,7 @@ STABLE_TORCH_LIBRARY(pytrain, m) {
       "_table(str rule, Tensor[] states, Tensor[] scales, Tensor[] kept, Tensor[] emas, Tensor[] scalars, "
       "Tensor[] steps, int[] groups, int[] indices, int[] storage) -> int");
   m.def("_table_free(int table) -> ()");
+  m.def("_table_captured(int table) -> bool");
   m.def(
       "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, "
       "Tensor given, bool fresh, int mode, bool strict) -> int");
@@ -264,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(pytrain, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(pytrain, CompositeExplicitAutograd, m) {
   m.impl("_table", &pytrain::ops::make_table);
   m.impl("_table_free", &pytrain::ops::free_table);
+  m.impl("_table_captured", &pytrain::ops::table_captured);
   m.impl("_table_step", &pytrain::ops::step_table);
   m.impl("_table_step_pairs", &pytrain::ops::step_table_pairs);
   m.impl("_isa", &pytrain::ops::isa);

@@ -73,6 +73,8 @@ class Table {
                const Controls& control, Mode mode, bool strict);
   // The same from facts that the caller has read. Tensors that must be copied first count as a misfit here.
   int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control, Mode mode);
+  // Whether a captured graph may still step what is in this table.
+  bool captured() const { return on_device_.captured(); }
 
  private:
   enum class Misfit : int {

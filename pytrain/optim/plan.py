@@ -127,8 +127,10 @@ class Settled:
         self.plans, self.slow, self.waiting, self.fresh = plans, slow, waiting, fresh
         for plan in plans:
             plan.finish(optimizer)
+        blocks: list[Tensor] = []
         if plans:
-            weakref.finalize(self, _free, [plan.table for plan in plans]).atexit = False
+            tables, owner = [plan.table for plan in plans], weakref.ref(optimizer)
+            weakref.finalize(self, _free, tables, blocks, owner).atexit = False
         self.coded = any(plan.formats.coded for plan in plans) or any(one.entry.formats.coded for one in slow)
         groups = optimizer.param_groups
         self.rules = [optimizer.rule(group) for group in groups]
@@ -139,6 +141,7 @@ class Settled:
         devices = {plan.device for plan in plans}
         # Control blocks that the host cannot look into; `given` is what it has written to them.
         self.remote = {device: self.given.to(device, copy=True) for device in devices if backend.is_remote(device)}
+        blocks += self.remote.values()
         self.unbegun: set[torch.device] = set()  # whose control block does not know of this step yet
         self.merges = bool(self.remote) and (len(devices) > 1 or bool(slow))  # all are read into `given` after pass 1
         self.merged = False
@@ -395,6 +398,13 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             if rule.counts and not optimizer.counts_steps:  # only the first step differs, and it finds no state
                 begin = torch.tensor(1.0 if complete else 0.0, dtype=torch.float32)
                 plan.steps.append(begin.to(backend.home_of_numbers(param)))
+    for _, _, device, _ in plans:
+        if backend.is_capturing(device):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a graph is being captured on device {device}, but the state or the "
+                "tables of the parameters that have gradients now are not there yet; step once before the capture, "
+                "with gradients for the same parameters"
+            )
     entries = [entry for plan in plans.values() for entry in plan.entries]
     for entry in entries:
         conform(optimizer, entry)
@@ -423,6 +433,11 @@ def _beside(block: Tensor, value: Tensor) -> Tensor:
     return (value if value.device == block.device else value.to(block.device)).view(())
 
 
-def _free(tables: list[int]) -> None:
+def _free(tables: list[int], blocks: list[Tensor], owner: weakref.ref[FusedOptimizer]) -> None:
+    """Let go of tables and control blocks; with their optimizer where a graph may still read and write them."""
+    optimizer = owner()
+    if optimizer is not None and any(torch.ops.pytrain._table_captured(table) for table in tables):
+        weakref.finalize(optimizer, _free, tables, blocks, owner).atexit = False
+        return
     for table in tables:
         torch.ops.pytrain._table_free(table)

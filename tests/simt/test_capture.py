@@ -1,9 +1,11 @@
-"""Steps that a graph has captured, shown on the CPU: launches of a capture are recorded, arguments and all, and replayed
-between steps that run at once, as a CUDA graph's are. This file runs itself where the host sees no control block."""
+"""Steps that a graph has captured, shown on the CPU: launches of a capture are recorded with their arguments, and run
+when it is replayed. This file runs itself where the host sees no control block."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -11,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_remote import KERNELS, everything, here, problem, run_remote
+from test_remote import KERNELS, NoReads, everything, here, problem, run_remote
 from torch import Tensor
 from torch.nn import Parameter
 
-from pytrain import backend
+import pytrain
+from pytrain import amp, backend, control
 from pytrain.optim import REGISTRY, AdamW, FusedOptimizer
 
 CASES: list[tuple[str, dict[str, Any], int]] = [(name, {}, 1) for name in KERNELS]
@@ -222,3 +225,85 @@ def test_an_upload_that_failed_is_made_again(launch: int) -> None:
             ours.step()
         ours.step()
         assert same(bits(ours), bits(theirs))
+
+
+@here
+def test_a_capture_before_the_first_step_says_what_to_do(graphs: list[int]) -> None:
+    params = problem()
+    optimizer = AdamW(params)
+    with capture(graphs[0]), pytest.raises(RuntimeError, match="AdamW: a graph is being captured .* step once before"):
+        optimizer.step()
+    assert not optimizer.state and replay(graphs[0]) == 0
+    optimizer.step()
+    late = Parameter(torch.ones(3))
+    late.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [late]})
+    with capture(graphs[0]), pytest.raises(RuntimeError, match="step once before the capture"):
+        pytrain.step(optimizer)
+    assert late not in optimizer.state and late.tolist() == [1.0] * 3
+
+
+@here
+def test_what_a_graph_uses_stays_as_long_as_its_optimizer(graphs: list[int]) -> None:
+    ours, eager = Run("adamw", {}), Run("adamw", {})
+    for run in (ours, eager):
+        run.step(0, 0)
+    ours.use(1)
+    with capture(graphs[0]):
+        ours.optimizer.step()
+    settled = ours.optimizer._settled
+    assert settled is not None
+    (table,), block = [plan.table for plan in settled.plans], weakref.ref(settled.control)
+    del settled
+    for run in (ours, eager):  # other tables from here on
+        run.optimizer.add_param_group({"params": [Parameter(torch.ones(2))]})
+        run.step(0, 1)
+    gc.collect()
+    assert block() is not None and torch.ops.pytrain._table_captured(table)
+    ours.fill(1, 2)
+    replay(graphs[0])
+    eager.step(1, 2)
+    assert same(bits(ours.optimizer), bits(eager.optimizer))
+    del ours
+    gc.collect()
+    assert block() is None
+    with pytest.raises(RuntimeError, match="there is no table"):
+        torch.ops.pytrain._table_captured(table)
+
+
+@here
+def test_tables_without_a_graph_go_with_what_they_were_made_of() -> None:
+    run = Run("adamw", {})
+    run.step(0, 0)
+    assert run.optimizer._settled is not None
+    table = run.optimizer._settled.plans[0].table
+    run.optimizer._settled = None
+    gc.collect()
+    with pytest.raises(RuntimeError, match="there is no table"):
+        torch.ops.pytrain._table_captured(table)
+
+
+@here
+def test_a_scale_of_no_scaler_that_only_a_graph_writes_is_not_kept(
+    graphs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_ones", {})
+    device = torch.device("cpu")
+    with capture(graphs[0]):
+        control._on(control.ONE, device)
+    assert not control._ones
+    assert control._on(control.ONE, device) is control._on(control.ONE, device)
+
+
+@here
+def test_a_captured_step_never_looks_at_the_scale(graphs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amp, "READ_EVERY", 1)
+    params = problem()
+    optimizer, scaler = AdamW(params), amp.LossScaler(init_scale=4.0)
+    pytrain.step(optimizer, scaler, max_norm=1.0)
+    with capture(graphs[0]), NoReads() as seen:
+        pytrain.step(optimizer, scaler, max_norm=1.0)
+    assert seen.reads == []
+    with NoReads() as seen:
+        pytrain.step(optimizer, scaler, max_norm=1.0)
+    assert seen.reads != []
