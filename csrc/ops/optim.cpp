@@ -183,11 +183,12 @@ Table::Mode mode_from(int64_t number) {
   return static_cast<Table::Mode>(number);
 }
 
-// The control block, and the host's copy of what was written to it: `given`, which may be the same tensor. `fresh`: the
-// device's own does not know of this step yet.
+// The control block, and the host's copy of what was written to it: `given`, which may be the same tensor, or empty
+// where the block alone has the numbers of this step. `fresh`: the device's own does not know of this step yet.
 Controls controls_from(const Handle& block, const Handle& given, bool fresh, const char* op) {
   Controls controls{control_view(block.get(), op), {}};
   if (controls.block.device == cpu_device && !simulates()) return controls;
+  if (view(given.get(), false).numel == 0) return controls;
   const View host = control_view(given.get(), op);
   STD_TORCH_CHECK(host.device == cpu_device && host.numel == controls.block.numel, op,
                   "_: given must be a control block of the same size on the CPU");

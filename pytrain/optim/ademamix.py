@@ -137,5 +137,6 @@ class AdEMAMix(FusedOptimizer):
         return ADEMAMIX
 
     def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
-        rest = group["alpha"], group["eps"], group["weight_decay"], group["T_alpha_beta3"] or 0
+        rise = group["T_alpha_beta3"]
+        rest = group["alpha"], group["eps"], group["weight_decay"], 0 if rise is None else rise
         return (group["lr"], *group["betas"], *rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ CONTROL_ROW = 18
 EMAS = ("", "own", "lent")  # numbered as _table in csrc/ops/optim.cpp does
 MAX_STATES = 4  # csrc/core/segment.h
 FIT, STATS, WRITE, WRITE_FITTED = 0, 1, 2, 3  # what a call of the kernels is to do: Table::Mode in csrc/ops/table.h
+NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")  # instead of numbers that only the device has
 APPLIED, SKIPPED = -1, -2  # what it says; a number from 0 on is the first parameter that does not fit
 
 
@@ -145,6 +147,9 @@ class Settled:
         self.unbegun: set[torch.device] = set()  # whose control block does not know of this step yet
         self.merges = bool(self.remote) and (len(devices) > 1 or bool(slow))  # all are read into `given` after pass 1
         self.merged = False
+        # Does the host need to know each number itself, for the torch path or the CPU's kernels?
+        self.reads = bool(slow) or len(self.remote) < len(devices)
+        self.placed: list[tuple[int, Tensor]] = []  # numbers that only a device knows, and their places in the block
         self.control = self.given if self.merges or not self.remote else next(iter(self.remote.values()))
         self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
         self.own_weight = 0.0 if optimizer.storage.ema_decay is None else 1.0 - optimizer.storage.ema_decay
@@ -166,15 +171,28 @@ class Settled:
         return found == 0 or (found == 1 and self.read_hypers(optimizer))
 
     def read_hypers(self, optimizer: FusedOptimizer) -> bool:
-        """Write changed hyperparameters into the control block; False if a group now takes another rule or backend."""
+        """Write changed hyperparameters into the control block; False if a group now takes another rule or backend.
+
+        Raises:
+            ValueError: a tensor on a device is not one real number.
+        """
+        placed: list[tuple[int, Tensor]] = []
         for i, group in enumerate(optimizer.param_groups):
             if optimizer.rule(group) is not self.rules[i] or group.get("fused") != self.fused[i]:
                 return False
-            hyper = (-1.0 if group["maximize"] else 1.0, *map(float, optimizer.hyper(group)))
+            row = CONTROL_HEAD + CONTROL_ROW * i + CONTROL_HYPERS
+            numbers = []
+            for k, value in enumerate(optimizer.hyper(group)):
+                if isinstance(value, Tensor) and not self.reads and backend.is_remote(value.device):
+                    placed.append((row + k, _one_number(value, optimizer, i, self.rules[i].hypers[k])))
+                    value = 0.0  # until the device has its own
+                numbers.append(float(value))
+            hyper = (-1.0 if group["maximize"] else 1.0, *numbers)
             if hyper != self.hypers[i]:
                 self.hypers[i] = hyper
                 self.rows[i, GRAD_SIGN] = hyper[0]
                 self.rows[i, CONTROL_HYPERS : CONTROL_HYPERS + len(hyper) - 1] = hyper[1:]
+        self.placed = placed
         return True
 
     def begin(self, grad_coef: float, clip_value: float = 0.0, ema_weight: float = 0.0) -> None:
@@ -182,6 +200,20 @@ class Settled:
         self.block[:CONTROL_HEAD] = (grad_coef, 0.0, clip_value, 0.0, -1.0)
         self.rows[:, EMA_WEIGHT : SUMSQ + 1] = (self.own_weight or ema_weight, 1.0, 0.0)
         self.unbegun, self.merged = set(self.remote), False
+        if self.placed:
+            self.upload(self.remote)
+
+    def upload(self, devices: Iterable[torch.device]) -> None:
+        """Have the control blocks of devices be `given`, and numbers that only a device knows in their places there.
+
+        Nothing waits, and a graph that captures this takes those numbers as they are when it is replayed.
+        """
+        for device in devices:
+            block = self.remote[device]
+            torch.ops.pytrain._upload.default(block, self.given)
+            for place, value in self.placed:
+                block[place].copy_(value, non_blocking=True)
+        self.unbegun = self.unbegun.difference(devices)
 
     def gather(self, optimizer: FusedOptimizer) -> bool:
         """Find the gradients of this step; False where a parameter has one for the first time."""
@@ -264,9 +296,7 @@ class Settled:
     def read_remote(self) -> None:
         """Have what pass 1 has found where `control` is; a device without gradients has found nothing."""
         if not self.merges:
-            for device in self.unbegun:
-                torch.ops.pytrain._upload.default(self.remote[device], self.given)
-            self.unbegun = set()
+            self.upload(self.unbegun)
             return
         for device in self.remote.keys() - self.unbegun:
             found = self.remote[device].cpu().numpy()
@@ -283,9 +313,7 @@ class Settled:
             self.work = []
             return SKIPPED
         if self.merged:
-            for control in self.remote.values():
-                torch.ops.pytrain._upload.default(control, self.given)
-            self.unbegun = set()
+            self.upload(self.remote)
         for one in self.work:
             if self.call(one, last_try, mode) >= 0:
                 return 0
@@ -322,7 +350,8 @@ class Settled:
             op = torch.ops.pytrain._table_step_pairs.default
             control = self.remote.get(plan.device, self.given) if self.remote else self.given
             fresh = bool(self.unbegun) and plan.device in self.unbegun
-            code = op(plan.table, plan.pairs, len(grads), rows, control, self.given, fresh, mode)
+            given = NOTHING if self.placed else self.given
+            code = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
@@ -340,11 +369,12 @@ class Settled:
         op = torch.ops.pytrain._table_step.default
         mode = min(mode, WRITE)
         control, fresh = self.remote.get(plan.device, self.given), plan.device in self.unbegun
-        code: int = op(plan.table, params, grads, rows, control, self.given, fresh, mode, False)
+        given = NOTHING if self.placed else self.given
+        code: int = op(plan.table, params, grads, rows, control, given, fresh, mode, False)
         if code >= 0 and last_try:
             where = plan.entries[rows[code] if rows else code].where
             try:
-                op(plan.table, params, grads, rows, control, self.given, fresh, mode, True)
+                op(plan.table, params, grads, rows, control, given, fresh, mode, True)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
                 raise UnfitError(f"{where}: {reason}") from None
@@ -427,6 +457,15 @@ def _why_slow(param: Tensor, group: dict[str, object]) -> str | None:
             raise backend.BackendError(f"the kernels do not take gradients of layout {grad.layout}; leave fused unset")
         return f"there are no kernels for gradients of layout {grad.layout}"
     return None
+
+
+def _one_number(value: Tensor, optimizer: FusedOptimizer, group: int, name: str) -> Tensor:
+    if value.numel() == 1 and not value.is_complex():
+        return value.detach().view(())
+    raise ValueError(
+        f"{type(optimizer).__name__}: param_groups[{group}]: {name}: expected one real element, got a tensor of "
+        f"shape {tuple(value.shape)} and {value.dtype}"
+    )
 
 
 def _beside(block: Tensor, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from pytrain.amp import LossScaler
 from pytrain.optim import REGISTRY, AdamW
 
 pytestmark = needs_launches
+KERNELS = sorted(name for name, cls in REGISTRY.items() if cls.takes_control)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -49,6 +51,50 @@ def test_a_captured_step_replays_as_steps(name: str) -> None:
         for step in range(STEPS):
             give_gradients(params, step, 8.0)
             again()
+        results.append(everything(optimizer))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_graph_and_steps_with_gradients_elsewhere_take_turns(name: str, checked: bool) -> None:
+    """As steps alone, to the bit; also the first step after the capture, which no replay has gone before."""
+    results = []
+    for capture in (False, True):
+        params, lr = parameters(), torch.tensor(1e-3, device=DEVICE)
+        optimizer, scaler = Case(name).make(params), LossScaler(init_scale=8.0)
+        optimizer.param_groups[0]["lr"] = lr
+        places = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+
+        def step(
+            place: int,
+            params: list[Tensor] = params,
+            optimizer: torch.optim.Optimizer = optimizer,
+            scaler: LossScaler = scaler,
+            places: list[list[Tensor]] = places,
+        ) -> None:
+            for p, g in zip(params, places[place], strict=True):
+                p.grad = g
+            if checked:
+                pytrain.step(optimizer, scaler, max_norm=1.0)
+            else:
+                optimizer.step()
+
+        def body(step: Callable[[int], None] = step) -> None:
+            step(0)
+
+        if capture:
+            again = captured(body)
+        else:
+            body()
+            again = body
+        for i in range(STEPS):
+            lr.fill_(1e-3 / (i + 1))
+            for place, act in ((1, step), (0, lambda _, again=again: again())):
+                for p, g in zip(params, places[place], strict=True):
+                    p.grad = g
+                give_gradients(params, 2 * i + place, 8.0)
+                act(place)
         results.append(everything(optimizer))
     assert same_bits(*results)
 

@@ -1,5 +1,5 @@
-// The shipped kernels on the CPU as one library, for csrc/ops to launch as it launches CUDA's. Launches of a capture are
-// recorded, arguments and all, and run when the test replays them, as those of a CUDA graph.
+// The shipped kernels on the CPU as one library, for csrc/ops to launch as it launches CUDA's. Launches of a capture
+// are recorded with their arguments, and run when a test replays them, as those of a CUDA graph.
 #include "cuda/backend.h"
 
 #include <cstdlib>

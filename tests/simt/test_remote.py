@@ -222,6 +222,146 @@ def test_more_param_groups_than_a_launch_carries() -> None:
         torch.testing.assert_close(p.detach(), q.detach())
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "ademamix": {"T_alpha_beta3": 5}}
+CHOOSE = {"sgd": {"momentum"}, "rmsprop": {"momentum"}}  # numbers that select a rule, which the host does
+
+
+def on_device(value: Any) -> Any:
+    """The same number, or numbers, where only the device knows it; what is no number as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(on_device, value))
+    return torch.tensor(value, dtype=torch.float64) if type(value) in (int, float) else value
+
+
+def with_numbers_on_device(name: str, params: Any) -> Any:
+    """An optimizer whose hyperparameters are all tensors."""
+    optimizer: Any = REGISTRY[name](params, **OPTIONS.get(name, {}))
+    for group in optimizer.param_groups:
+        group.update({k: on_device(v) for k, v in group.items() if k != "params" and k not in CHOOSE.get(name, ())})
+    return optimizer
+
+
+def step_at(optimizer: Any, lr: float, checked: bool) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    if checked:
+        pytrain.step(optimizer, max_norm=1.0)
+    else:
+        optimizer.step()
+
+
+@here
+@pytest.mark.parametrize("groups", [1, 15])
+@pytest.mark.parametrize("name", KERNELS)
+def test_numbers_on_the_device_are_read_there(name: str, groups: int) -> None:
+    """As if they were floats, however many param groups, in plain and in checked steps, and changed in place."""
+    split, same = ([{"params": problem()} for _ in range(groups)] for _ in range(2))
+    ours, plain = with_numbers_on_device(name, split), REGISTRY[name](same, **OPTIONS.get(name, {}))  # type: ignore
+    for optimizer in (ours, plain):
+        optimizer.step()
+    with NoReads() as seen:
+        for i in range(4):
+            step_at(ours, 0.01 * i, checked=i % 2 == 1)
+    assert seen.reads == []
+    for i in range(4):
+        step_at(plain, 0.01 * i, checked=i % 2 == 1)
+    assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(plain), strict=True))
+
+
+@here
+@pytest.mark.parametrize("options", [{"state_dtype": "8bit"}, {"ema_decay": 0.9}, {"step_in_backward": True}], ids=str)
+def test_numbers_on_the_device_go_with_every_kind_of_step(options: dict[str, Any]) -> None:
+    results = []
+    for lr in (0.125, torch.tensor(0.125)):
+        p = Parameter(torch.linspace(-1, 1, 5000))
+        optimizer = REGISTRY["adamw"]([p], lr=lr, **options)  # type: ignore[call-arg]
+        for i in range(3):
+            if i == 2:
+                optimizer.param_groups[0]["lr"] *= 0.5
+            (p * p).sum().backward()  # steps in backward, where the mode sees nothing
+            with NoReads() as seen:
+                optimizer.step()
+            assert i == 0 or seen.reads == []
+            p.grad = None
+        results.append(everything(optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_lr_of_a_scheduler_is_never_asked_for(dtype: torch.dtype) -> None:
+    """Torch fills a tensor lr in place; here of one element, in a dimension."""
+    params, twins = problem(), problem()
+    lr = torch.tensor([0.125], dtype=dtype)
+    ours, plain = REGISTRY["adamw"](params, lr=lr), REGISTRY["adamw"](twins, lr=0.125)  # type: ignore
+    schedule = torch.optim.lr_scheduler.ExponentialLR(ours, 0.5)
+    ours.step()
+    with NoReads() as seen:
+        for _ in range(3):
+            schedule.step()
+            ours.step()
+    assert seen.reads == [] and ours.param_groups[0]["lr"] is lr
+    for i in range(4):
+        plain.param_groups[0]["lr"] = 0.125 * 0.5**i
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(plain), strict=True))
+
+
+@here
+def test_an_lr_may_become_a_tensor_and_a_number_again() -> None:
+    params, twins = problem(), problem()
+    ours, plain = REGISTRY["adamw"](params, lr=0.5), REGISTRY["adamw"](twins, lr=0.5)  # type: ignore
+    for lr in (0.5, torch.tensor(0.25), 0.25, torch.tensor(0.25), torch.tensor(0.0625)):
+        ours.param_groups[0]["lr"], plain.param_groups[0]["lr"] = lr, float(lr)
+        ours.step()
+        plain.step()
+        assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(plain), strict=True))
+
+
+@here
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.ones(()) * 1j])
+def test_a_number_on_the_device_is_one_number(wrong: Tensor) -> None:
+    params = problem()
+    optimizer = REGISTRY["adamw"]([{"params": params[:1]}, {"params": params[1:]}])  # type: ignore
+    optimizer.step()
+    before = [x.clone() for x in everything(optimizer)]
+    optimizer.param_groups[1]["lr"] = wrong
+    with pytest.raises(ValueError, match=r"AdamW: param_groups\[1\]: lr: expected one real element, got "):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer), strict=True))
+
+
+@here
+def test_a_torch_grad_scaler_goes_with_an_lr_on_the_device() -> None:
+    params, twins = problem(), problem()
+    ours, plain = REGISTRY["adamw"](params, lr=torch.tensor(0.5)), REGISTRY["adamw"](twins, lr=0.5)  # type: ignore
+    for optimizer in (ours, plain):
+        optimizer.step()
+    for p in params:
+        p.grad *= 8.0  # type: ignore[operator]
+    ours.grad_scale, ours.found_inf = torch.tensor(8.0), torch.tensor([0.0])  # type: ignore[attr-defined]
+    with NoReads() as seen:
+        ours.step()
+    assert seen.reads == []
+    plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(plain), strict=True))
+
+
+@here
+def test_the_torch_path_reads_an_lr_on_the_device() -> None:
+    params, twins = problem(), problem()
+    groups = [{"params": params[:1], "fused": False}, {"params": params[1:]}]
+    same = [{"params": twins[:1], "fused": False}, {"params": twins[1:]}]
+    ours, plain = REGISTRY["adamw"](groups, lr=torch.tensor(0.5)), REGISTRY["adamw"](same, lr=0.5)  # type: ignore
+    for _ in range(2):
+        ours.step()
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(plain), strict=True))
+
+
 @here
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
