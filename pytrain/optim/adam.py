@@ -44,14 +44,16 @@ class Adam(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or param groups, as torch takes them.
-        lr: step size, >= 0; a float or a tensor of one element.
+        lr: step size, >= 0; a float or a tensor of one element. A tensor is taken as it is in each step, on a GPU
+            without a wait, also where a graph is replayed; its range is checked when the optimizer is made, and not
+            again.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: L2 penalty, added to the gradient, >= 0.
         amsgrad: divide by the largest second moment so far (arXiv:1904.09237).
         foreach: accepted; the kernels always take all tensors in one loop.
         maximize: climb instead of descend.
-        capturable: accepted; the step count stays on the CPU.
+        capturable: accepted; the step count is on the CPU, or beside a parameter that the CUDA kernels step.
         differentiable: not supported: use torch.optim.Adam.
         fused: True demands the kernels, False the torch path, None takes the kernels where they can serve.
         decoupled_weight_decay: decay the parameter itself, as AdamW does.

@@ -36,7 +36,7 @@ class AdamW(Adam):
 
     Args:
         params: parameters, named parameters or param groups, as torch takes them.
-        lr: step size, >= 0; a float or a tensor of one element.
+        lr: step size, >= 0; a float or a tensor of one element, as in `Adam`.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: decay of the parameter itself, times lr, >= 0.

@@ -51,7 +51,7 @@ class SGD(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or param groups, as torch takes them.
-        lr: step size, >= 0; a float or a tensor of one element.
+        lr: step size, >= 0; a float or a tensor of one element, as in `Adam`.
         momentum: weight of the past in the buffer, >= 0; 0 keeps no buffer.
         dampening: share of the gradient that does not enter the buffer, from the second step on.
         weight_decay: L2 penalty, added to the gradient, >= 0.
