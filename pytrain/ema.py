@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
 from pytrain import backend
-from pytrain.memory import is_small, zeros_in_blocks
+from pytrain.optim.states import is_small, zeros_in_blocks
 
 FORMAT = 1  # of the state dicts
 

@@ -23,7 +23,6 @@ from pytrain.backend import is_remote
 from pytrain.clip import Clip, ClipGroup, ClipPer, read_clip
 from pytrain.control import ONE, settle
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
-from pytrain.optim.schedules import Schedule
 from pytrain.parts import Part, Released, part_of
 
 if TYPE_CHECKING:
@@ -220,8 +219,9 @@ def _follow(ema: Average, optimizers: Sequence[Optimizer], parts: list[Part]) ->
 
 def _advance(schedule: LRScheduler, control: Tensor) -> None:
     """Let a schedule advance by the step that this control block tells of, if it was applied."""
-    if isinstance(schedule, Schedule) and is_remote(control.device):
-        schedule.advance_where(control[FOUND_INF] == 0)
+    advance_where = getattr(schedule, "advance_where", None)  # those of pytrain.optim.schedules have it
+    if advance_where is not None and is_remote(control.device):
+        advance_where(control[FOUND_INF] == 0)
     elif control[FOUND_INF] == 0:
         schedule.step()
 

@@ -15,7 +15,17 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pytrain import backend
-from pytrain.optim.plan import FOUND_INF, SKIPPED, WRITE, WRITE_FITTED, Settled, settle
+from pytrain.optim.plan import (
+    CONTROL_HEAD,
+    CONTROL_ROW,
+    FOUND_INF,
+    SKIPPED,
+    SUMSQ,
+    WRITE,
+    WRITE_FITTED,
+    Settled,
+    settle,
+)
 from pytrain.optim.release import Release
 from pytrain.optim.slow import zero
 from pytrain.optim.states import plain
@@ -297,7 +307,10 @@ class FusedOptimizer(Optimizer):
         assert settled is not None
         if mode == WRITE and self._hooked():  # hooks may have changed the gradients
             settled.gather(self)
-            settled.stats(True)
+            sums = settled.control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ]
+            found = sums.clone()
+            settled.stats(True)  # for inf and nan; norms stay those that were clipped by
+            sums.copy_(found)
         code = settled.write(self, True, mode)
         self._skipped = settled.control if settled.remote and not settled.merges else False
         if code == SKIPPED:

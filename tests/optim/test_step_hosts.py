@@ -114,7 +114,9 @@ def test_hooks_run_and_an_inf_that_one_brings_in_is_skipped() -> None:
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     p.grad = torch.ones(2)
-    assert pytrain.step(optimizer).applied and seen == ["before", "after"]
+    info = pytrain.step(optimizer)
+    assert info.applied and seen == ["before", "after"]
+    assert info.grad_norm == info.group_norms[0][0] == 2.0**0.5  # of what the hook has met
 
     def spoil(*_: Any) -> None:
         assert p.grad is not None

@@ -6,6 +6,7 @@ this file runs itself in a process with that set.
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pytrain import backend
 from pytrain.amp import LossScaler
 from pytrain.ema import EMA, SWA
 from pytrain.optim import REGISTRY
+from pytrain.optim.schedules import InverseSqrt, WarmupCosine
 
 REMOTE = backend.simulated and os.environ.get("PYTRAIN_SIMT_REMOTE") == "1"
 here = pytest.mark.skipif(not REMOTE, reason="run by test_on_a_device_that_the_host_cannot_see in its own process")
@@ -174,6 +176,55 @@ def test_an_average_follows_applied_steps_and_asks_the_device_nothing() -> None:
     pytrain.step(optimizer, ema=ema)
     ema.update()
     assert ema.steps == 6
+
+
+@here
+@pytest.mark.parametrize("groups", [1, 40])
+def test_a_schedule_follows_applied_steps_and_asks_the_device_nothing(groups: int) -> None:
+    def make() -> tuple[list[Parameter], Any, WarmupCosine]:
+        params = [Parameter(torch.ones(3)) for _ in range(groups)]
+        listed = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+        optimizer = REGISTRY["adamw"](listed)  # type: ignore[arg-type]
+        return params, optimizer, WarmupCosine(optimizer, warmup_steps=2, total_steps=5, min_factor=0.1)
+
+    (params, ours, schedule), (twins, plain, expected) = make(), make()
+    for step, bad in enumerate((1.0, 1.0, float("inf"), 1.0, float("nan"), 1.0, 1.0, 1.0)):
+        for p, q in zip(params, twins, strict=True):
+            p.grad, q.grad = torch.full_like(p, 0.5), torch.full_like(q, 0.5)
+        params[0].grad[1] = 0.5 * bad  # type: ignore[index]
+        with NoReads() as seen:
+            pytrain.step(ours, schedule=schedule)
+        assert seen.reads == [] or step == 0  # the first has tables made
+        if bad == 1.0:
+            plain.step()
+            expected.step()
+    assert schedule.last_epoch == expected.last_epoch == 6
+    assert [float(lr) for lr in schedule.get_last_lr()] == expected.get_last_lr()
+    assert [float(group["lr"]) for group in ours.param_groups] == [group["lr"] for group in plain.param_groups]
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+    state = schedule.state_dict()
+    assert {k: v for k, v in state.items() if k[0] != "_"} == {
+        k: v for k, v in expected.state_dict().items() if k[0] != "_"
+    }
+    schedule.step()  # by hand: the host has the count again
+    expected.step()
+    assert [group["lr"] for group in ours.param_groups] == [group["lr"] for group in plain.param_groups]
+    schedule.load_state_dict(state)
+    assert schedule.last_epoch == 6 and copy.copy(schedule).last_epoch == 6
+
+
+@here
+def test_a_schedules_table_is_renewed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytrain.optim.schedules.WINDOW", 3)
+    params = [Parameter(torch.ones(3))]
+    optimizer = REGISTRY["sgd"](params, lr=1.0)  # type: ignore[call-arg, arg-type]
+    schedule = InverseSqrt(optimizer, warmup_steps=2)
+    for n in range(10):
+        assert float(optimizer.param_groups[0]["lr"]) == schedule.factor(n)
+        params[0].grad = torch.ones(3)
+        pytrain.step(optimizer, schedule=schedule)
+    assert schedule.last_epoch == 10
 
 
 @here
