@@ -11,16 +11,29 @@ from pytrain.clip import ClipGroup
 from pytrain.steps import StepInfo, open_step, step
 
 if TYPE_CHECKING:
-    from pytrain import ema
+    from pytrain import ema, grads, parallel
     from pytrain.trainer import Module, Trainer
 
-__all__ = ["ClipGroup", "Module", "StepInfo", "Trainer", "__version__", "amp", "ema", "open_step", "optim", "step"]
+__all__ = [
+    "ClipGroup",
+    "Module",
+    "StepInfo",
+    "Trainer",
+    "__version__",
+    "amp",
+    "ema",
+    "grads",
+    "open_step",
+    "optim",
+    "parallel",
+    "step",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the trainer and the averages when they are first asked for, so that `import pytrain` stays small."""
-    if name == "ema":
-        return import_module("pytrain.ema")
+    """Load the trainer, averages and strategies when they are first asked for, so that `import pytrain` stays small."""
+    if name in ("ema", "grads", "parallel"):
+        return import_module(f"pytrain.{name}")
     if name in ("Module", "Trainer"):
         from pytrain import trainer
 
