@@ -22,7 +22,7 @@ SIMT := oracle storage step steps step_averages scaler format_checkpoints histor
 test-simt: $(NATIVE)
 	$(BIN)/python tests/simt/build.py
 	PYTRAIN_BACKEND=simt $(BIN)/python -m pytest -n 2 -m "not slow and not matrix" \
-	  $(SIMT:%=tests/optim/test_%.py) tests/test_amp.py tests/test_amp_steps.py tests/test_ema.py
+	  $(SIMT:%=tests/optim/test_%.py) tests/test_amp.py tests/test_amp_steps.py tests/test_ema.py tests/test_multi.py
 	PYTRAIN_BACKEND=simt $(BIN)/python tools/make_docs.py --check
 
 test-full: $(NATIVE) test-simt

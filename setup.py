@@ -38,6 +38,7 @@ KERNEL_SOURCES = [
     "csrc/ops/optim.cpp",
     "csrc/ops/adafactor.cpp",
     "csrc/ops/step.cpp",
+    "csrc/ops/copy.cpp",
 ]
 BIND_MODULE = "pytrain._C"
 BIND_SOURCES = ["csrc/bind.cpp", "csrc/core/layout.cpp", "csrc/cpu/isa.cpp"]

@@ -31,7 +31,7 @@ LEVELS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 # The loops over elements, by what a vectorised body cannot do without: a packed product in a rule, packed sums, shifts
 # or widening moves in a codec, logic in a test of bits.
 HOT = {
-    r"update|measure|average_tile": re.compile(r"^v?mulp[sd]$"),
+    r"update|measure|average_tile|scale_tile|add_scaled_tile": re.compile(r"^v?mulp[sd]$"),
     r"(?:scaled_)?square|(?:un)?factored_\w+|average": re.compile(r"^v?mulp[sd]$"),
     r"sum_squares": re.compile(r"^v?mulpd$"),
     r"clamp_tile": re.compile(r"^v?(min|max|cmp\w*|blendv?)p[sd]$"),

@@ -42,7 +42,7 @@ FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fmad=false"]
 THREADS, MIXED_THREADS = 256, 128  # of a block: csrc/cuda/job.h, mixed.h
 UNITS = {"registers": 8, "shared": 1024}  # a budget is rounded up to them: fewer cost nothing, or nearly
 MOST_KERNELS = 200
-QUICK = (("75", "90"), ("step_fp32", "step_mixed", "stats", "control"))
+QUICK = (("75", "90"), ("step_fp32", "step_mixed", "stats", "copy", "control"))
 ADAMW = "update<AdamW, Direct<float>>"
 ADAMW_REGISTERS, ADAMW_OCCUPANCY = 48, 0.75
 
@@ -199,7 +199,7 @@ def refused(name: str, code: Code, loops: list[list[Instruction]]) -> Iterable[s
     for call in code.calls():
         if not ALLOWED_CALL.match(call):
             yield f"calls {call}"
-    if not re.search(r"Direct<|Mixed|take_stats|average", name):
+    if not re.search(r"Direct<|Mixed|take_stats|average|copy", name):
         return
     if any("shflsync" in str(line.target) for loop in loops for line in loop):
         yield "calls a shuffle in a loop over elements"

@@ -119,8 +119,8 @@ constexpr pytrain::cpu::RuleFunctions functions() {
 
 template <class... Rules>
 constexpr pytrain::cpu::Kernels table(rules::List<Rules...>) {
-  return {{functions<Rules>()...}, &step, &take_sums, &stats, &average_all, adafactor_functions<float>(),
-          adafactor_functions<double>()};
+  return {{functions<Rules>()...}, &step, &take_sums, &stats, &average_all, &copy_all,
+          adafactor_functions<float>(), adafactor_functions<double>()};
 }
 
 }  // namespace pytrain::PT_ISA::cpu

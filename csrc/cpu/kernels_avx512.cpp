@@ -29,6 +29,8 @@
 
 #include "cpu/stats.h"
 
+#include "cpu/copy.h"
+
 #include "cpu/kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -23,4 +23,6 @@
 
 #include "cpu/stats.h"
 
+#include "cpu/copy.h"
+
 #include "cpu/kernels.h"

@@ -52,6 +52,21 @@ struct AverageJob {
   double weight;
 };
 
+// Copies, laid end to end as in a Job. Formats are fp32, bf16 and fp16 in any pair, or fp64 on both sides.
+struct CopyJob {
+  struct Segment {
+    void* to;
+    const void* from;
+    int64_t numel;
+    core::Format to_format, from_format;
+  };
+  const Segment* segments;
+  const int64_t* offsets;
+  int64_t n_segments;
+  double scale;
+  bool accumulate;  // add to what stands there
+};
+
 // Work is handed out in blocks of a segment, so that partial sums and 8-bit blocks have one owner.
 constexpr int64_t block = 4096;
 static_assert(block % core::code_block == 0);
@@ -91,6 +106,7 @@ struct Kernels {
   // The sum of the squares of each block's gradients, one partial a block; nan where one of them is inf or nan.
   void (*stats)(const Job& job, int64_t begin, int64_t end);
   void (*average)(const AverageJob& job, int64_t begin, int64_t end);
+  void (*copy)(const CopyJob& job, int64_t begin, int64_t end);
   AdafactorFunctions adafactor32, adafactor64;
 };
 

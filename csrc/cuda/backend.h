@@ -43,6 +43,22 @@ struct Piece {
   int64_t words[max_words];
 };
 
+// Copies between two formats, handed over by value: nothing is uploaded or kept, and a captured graph holds them itself.
+struct Copies {
+  static constexpr int64_t most = 120;
+  struct Pair {
+    void* to;
+    const void* from;
+    int64_t numel, first_chunk;  // at least one element; chunks are counted over all pairs
+  };
+  core::Format to_format, from_format;
+  double scale;
+  int64_t accumulate;  // add to what stands there
+  int64_t n, n_chunks;
+  Pair pairs[most];
+};
+static_assert(sizeof(Copies) <= 4096, "what a launch carries");
+
 enum class Class : int { fp32, fp64, mixed };
 
 // Launches return nothing, or why they failed.
@@ -56,6 +72,7 @@ struct Backend {
   const char* (*step)(Class kind, int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
   const char* (*stats)(const Job& job, int64_t multiprocessors, void* stream);
   const char* (*average)(const Job& job, int64_t multiprocessors, void* stream);
+  const char* (*copy)(const Copies& job, int64_t multiprocessors, void* stream);
   const char* (*upload)(const Piece& piece, void* to, void* stream);
   const char* (*settle)(const Settle& job, void* stream);
   const char* (*update_scaler)(const ScalerUpdate& job, void* stream);
@@ -66,6 +83,7 @@ const char* launch_fp64(int rule, bool measure, const Job& job, int64_t multipro
 const char* launch_mixed(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
 const char* launch_stats(const Job& job, int64_t multiprocessors, void* stream);
 const char* launch_average(const Job& job, int64_t multiprocessors, void* stream);
+const char* launch_copy(const Copies& job, int64_t multiprocessors, void* stream);
 const char* launch_upload(const Piece& piece, void* to, void* stream);
 const char* launch_settle(const Settle& job, void* stream);
 const char* launch_scaler(const ScalerUpdate& job, void* stream);

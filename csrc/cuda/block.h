@@ -36,6 +36,12 @@ PT_DEVICE bool aligned(const T* at) {
   return reinterpret_cast<std::uintptr_t>(at) % (sizeof(T) * N) == 0;
 }
 
+// What a stored number is worth.
+PT_DEVICE double value(double x) { return x; }
+PT_DEVICE float value(float x) { return x; }
+PT_DEVICE float value(codec::Bf16 x) { return codec::decode(x); }
+PT_DEVICE float value(codec::Fp16 x) { return codec::decode(x); }
+
 // Of all threads' values, the same for every thread. `lines` has room for one a warp.
 PT_DEVICE double block_sum(double value, double* lines) {
   for (int apart = lanes / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(all_lanes, value, apart);

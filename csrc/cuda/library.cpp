@@ -58,7 +58,7 @@ uint64_t capture(void* stream) {
 }
 
 const Backend table{bytes_of_build, on_device,      multiprocessors, capture,       launch_step,
-                    launch_stats,   launch_average, launch_upload,   launch_settle, launch_scaler};
+                    launch_stats,   launch_average, launch_copy,     launch_upload, launch_settle, launch_scaler};
 
 }  // namespace
 }  // namespace pytrain::cuda

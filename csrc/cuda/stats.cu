@@ -5,11 +5,6 @@
 namespace pytrain::cuda {
 namespace {
 
-PT_DEVICE double value(double x) { return x; }
-PT_DEVICE float value(float x) { return x; }
-PT_DEVICE float value(codec::Bf16 x) { return codec::decode(x); }
-PT_DEVICE float value(codec::Fp16 x) { return codec::decode(x); }
-
 // A sum of squares as an unevaluated sum of two floats, of twice their bits: GPUs have few units for fp64.
 struct Squares {
   float high = 0.0f, low = 0.0f;

@@ -58,6 +58,10 @@ const cuda::Backend* backend_of(int64_t device) {
   return found;
 }
 
+bool has_kernels(int64_t device) {
+  return device == cpu_device || cuda_backend.load(std::memory_order_acquire) != nullptr;
+}
+
 bool simulates() { return simt_backend.load(std::memory_order_acquire) != nullptr; }
 
 Queue::Queue(int64_t device) : device_(device), backend_(backend_of(device)) {}

@@ -15,6 +15,8 @@ using core::cpu_device;
 
 // The kernels for a device; null where the CPU's own loops serve. An error where there are none.
 const cuda::Backend* backend_of(int64_t device);
+// Whether something serves there: the CPU's own loops, or kernels that are loaded.
+bool has_kernels(int64_t device);
 // Whether steps on the CPU go through kernels that were written for a GPU: only in tests.
 bool simulates();
 

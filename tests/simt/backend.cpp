@@ -32,8 +32,8 @@ const char* step(Class kind, int rule, bool measure, const Job& job, int64_t wid
   return run([=] { return launch_step(kind, rule, measure, job, width, stream); });
 }
 
-template <const char* (*launch)(const Job&, int64_t, void*)>
-const char* with_job(const Job& job, int64_t width, void* stream) {
+template <class Any, const char* (*launch)(const Any&, int64_t, void*)>
+const char* with_job(const Any& job, int64_t width, void* stream) {
   return run([=] { return launch(job, width, stream); });
 }
 
@@ -51,8 +51,9 @@ const Backend table{bytes_of_build,
                     multiprocessors,
                     capture,
                     step,
-                    with_job<launch_stats>,
-                    with_job<launch_average>,
+                    with_job<Job, launch_stats>,
+                    with_job<Job, launch_average>,
+                    with_job<Copies, launch_copy>,
                     upload,
                     with_small<Settle, launch_settle>,
                     with_small<ScalerUpdate, launch_scaler>};

@@ -1,7 +1,7 @@
 // The kernels of csrc/cuda without torch and without a GPU: every launch against a plain reference.
 //
 // Arguments: "forward" for one order of blocks and threads instead of four, "few" for fewer cases, "traffic" for the
-// bytes that are moved instead; and which areas to test: fp32, fp64, mixed (steps of these classes), stats, control.
+// bytes that are moved instead; and which areas to test: fp32, fp64, mixed (steps of these classes), stats, control, copy.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/scaler.h"
+#include "simt/copies.h"
 #include "simt/steps.h"
 #include "simt/traffic.h"
 
@@ -266,11 +267,14 @@ int main(int argc, char** argv) {
       areas.push_back(word);
     }
   }
-  if (traffic) return print_traffic(rules::All{});
+  if (traffic) return print_traffic(rules::All{}, [](Meter& meter) {
+    if (wanted("copy")) meter_copies(meter);
+  });
   if (wanted("control")) check_uploads();
   if (wanted("control")) check_control();
   if (wanted("stats")) check_averages();
   if (wanted("stats")) check_stats();
+  if (wanted("copy")) check_copies();
   check_rules(rules::All{});
   if (simt::watching) checks.check(simt::conflicts() == 0, "no races", static_cast<double>(simt::conflicts()));
   return checks.finish();

@@ -29,7 +29,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("area", ["fp32", "fp64", "mixed", "stats", "control"])
+@pytest.mark.parametrize("area", ["fp32", "fp64", "mixed", "stats", "control", "copy"])
 def test_launches_give_the_references_bits_in_any_order(driver: Path, area: str) -> None:
     done = subprocess.run([str(driver), "few", area], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.rstrip().endswith(" passed, 0 failed"), done.stdout + done.stderr

@@ -94,12 +94,14 @@ struct Meter {
   }
 };
 
-template <class... Rules>
-int print_traffic(rules::List<Rules...>) {
+// `first` measures what is no step.
+template <class... Rules, class First>
+int print_traffic(rules::List<Rules...>, First first) {
   Meter meter;
   pytrain_simt_order(0, 0);
   std::printf("{");
   meter.others();
+  first(meter);
   int index = 0;
   (meter.rule(rule_under_test<Rules>(index++)), ...);
   std::printf("\n}\n");
