@@ -53,6 +53,11 @@ def test_the_trainer_stays_thin() -> None:
     assert sum(code_lines(path) for path in (ROOT / "pytrain" / "trainer").glob("*.py")) <= 1500
 
 
+def test_what_several_ranks_take_stays_thin() -> None:
+    files = [ROOT / "pytrain" / "grads.py", *(ROOT / "pytrain" / "parallel").glob("*.py")]
+    assert len(files) > 4 and sum(map(code_lines, files)) <= 1200
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_first_line_says_what_the_file_is(path: Path) -> None:
     first = path.read_text().splitlines()[0]
