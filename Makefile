@@ -9,7 +9,7 @@ BUILD_REQUIREMENTS := 'setuptools>=77.0.3' pybind11 ninja wheel numpy
 BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 SOURCES := setup.py tools/cuda_build.py $(shell find csrc -type f)
 
-.PHONY: demo test test-simt test-full cuda bench lint format clean
+.PHONY: demo test test-simt test-second test-full cuda bench lint format clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m pytrain demo
@@ -19,13 +19,19 @@ test: $(NATIVE)
 
 # The suites of what steps on a device, over the CUDA kernels' own source, compiled for the CPU.
 SIMT := oracle storage step steps step_averages scaler format_checkpoints histories numbers properties release ops
+SUITES := $(SIMT:%=tests/optim/test_%.py) tests/test_amp.py tests/test_amp_steps.py tests/test_ema.py tests/test_multi.py
 test-simt: $(NATIVE)
 	$(BIN)/python tests/simt/build.py
-	PYTRAIN_BACKEND=simt $(BIN)/python -m pytest -n 2 -m "not slow and not matrix" \
-	  $(SIMT:%=tests/optim/test_%.py) tests/test_amp.py tests/test_amp_steps.py tests/test_ema.py tests/test_multi.py
+	PYTRAIN_BACKEND=simt $(BIN)/python -m pytest -n 2 -m "not slow and not matrix" $(SUITES)
 	PYTRAIN_BACKEND=simt $(BIN)/python tools/make_docs.py --check
 
-test-full: $(NATIVE) test-simt
+# The same suites where tensors count as being on a second device: what CUDA refuses is refused (tests/devices.py).
+test-second: $(NATIVE)
+	$(BIN)/python tests/simt/build.py
+	PYTRAIN_TEST_DEVICE=second PYTRAIN_BACKEND=simt PYTRAIN_SIMT_REMOTE=1 $(BIN)/python -m pytest -n 2 \
+	  -m "not slow and not matrix" $(SUITES)
+
+test-full: $(NATIVE) test-simt test-second
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tools/check_codegen.py
 	$(BIN)/python tools/mutate_rules.py
@@ -68,11 +74,11 @@ $(NATIVE): $(DEPENDENCIES) $(SOURCES)
 	PYTRAIN_CUDA=0 $(BUILD)
 	touch $@
 
-# On a CUDA device where there is one; else the same code on the CPU, where the kernels are simulated.
+# On a CUDA device where there is one, with the suites of the CPU's kernels too; else tests/gpu on the CPU, simulated.
 .PHONY: test-gpu bench-gpu
 
 test-gpu: $(NATIVE)
-	$(BIN)/python tests/gpu
+	$(BIN)/python tests/gpu --suites $(SUITES)
 
 bench-gpu: $(NATIVE)
 	$(BIN)/python benchmarks/bench_gpu.py

@@ -1,13 +1,16 @@
-"""What all tests share: a header that says what is tested where, and a guard over torch's global settings."""
+"""What all tests share: the device they run on, a header that says so, and a guard over torch's global settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import devices
 import pytest
 import torch
 
 from pytrain import backend
+
+devices.choose()  # before the tests are read: some of them make tensors then
 
 
 def pytest_report_header() -> str:
@@ -15,7 +18,15 @@ def pytest_report_header() -> str:
     if backend.facts is None:
         return f"pytrain: torch {torch.__version__}, no kernels ({backend.why_not_loaded})"
     levels = ", ".join(level if has else f"no {level}" for level, has in backend.facts.isa_levels().items())
-    return f"pytrain: torch {torch.__version__}, kernels by {backend.facts.compiler}, this machine has {levels}"
+    kernels = f"kernels by {backend.facts.compiler}"
+    return f"pytrain: torch {torch.__version__}, tensors on {devices.CHOSEN}, {kernels}, this machine has {levels}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what only the CPU's own loops have, where tensors are elsewhere."""
+    for item in items:
+        if reason := devices.why_not(item.name):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def global_settings() -> dict[str, object]:

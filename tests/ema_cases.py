@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import randn
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -51,7 +52,7 @@ def torchs(kind: type[Average], model: nn.Module) -> AveragedModel:
 
 
 def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
+    return randn(8, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
 
 
 def train(

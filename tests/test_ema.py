@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import randn
 from ema_cases import (
     DECAY,
     KINDS,
@@ -144,15 +145,15 @@ FLOATS = {torch.float32: (np.float32, 32), torch.float64: (np.float64, 64)}
 def test_an_average_is_lerp_rounded_after_each_operation(weight: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = [(), (0,), (1,), (67,), (9, 11)]
-    averages = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
-    params = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+    averages = [randn(s, generator=generator, dtype=dtype) for s in shapes]
+    params = [randn(s, generator=generator, dtype=dtype) for s in shapes]
     kind = FLOATS[dtype][0]
     w, one = kind(weight), kind(1)
-    both = [(a.numpy().copy(), b.numpy()) for a, b in zip(averages, params, strict=True)]
+    both = [(a.cpu().numpy().copy(), b.cpu().numpy()) for a, b in zip(averages, params, strict=True)]
     wanted = [a + w * (b - a) if w < kind(0.5) else b - (b - a) * (one - w) for a, b in both]
     average_(averages, params, weight)
     for found, want in zip(averages, wanted, strict=True):
-        assert found.numpy().tobytes() == np.asarray(want).tobytes()
+        assert found.cpu().numpy().tobytes() == np.asarray(want).tobytes()
 
 
 @SETTINGS

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import there
 from torch import Tensor
 
 from pytrain import backend
@@ -22,7 +23,6 @@ MODES = [(1.0, False), (0.3, False), (1.0, True), (0.3, True), (0.0, True)]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (7, 0), (5,), (33, 7), (511,), (513,), (4096,), (4097,), (9000,)]
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 65519.9, 65520.0, -65536.0, 3.3e38, 3.4e38]
 SPECIAL += [1e-40, 1.2e-38, 6e-8, 2.98e-8, 2.99e-8, 6.1e-5, 5.9e-8, 1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8, 1.0 + 2.0**-11]
-ON_CPU = torch.empty(0).device.type == "cpu"
 needs_kernels = pytest.mark.skipif(backend.facts is None, reason=f"needs the kernels: {backend.why_not_loaded}")
 pairs = pytest.mark.parametrize(("to", "source"), PAIRS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 modes = pytest.mark.parametrize(("scale", "accumulate"), MODES)
@@ -35,7 +35,7 @@ def numbers(n: int, dtype: torch.dtype, seed: int) -> Tensor:
     x *= 10.0 ** torch.randint(-9, 6, (n,), generator=generator, device="cpu")
     places = torch.randperm(n, generator=generator, device="cpu")[: min(n // 2, len(SPECIAL))]
     x[places] = torch.tensor(SPECIAL, dtype=torch.float64, device="cpu")[: len(places)]
-    return x.to(dtype).to(torch.get_default_device())
+    return there(x.to(dtype))
 
 
 def made(dtype: torch.dtype, seed: int, shapes: list[tuple[int, ...]] = SHAPES) -> list[Tensor]:
@@ -204,13 +204,13 @@ def test_a_cast_nan_keeps_its_sign_and_the_upper_bits_of_its_payload(to: torch.d
 @pairs
 def test_views_at_any_offset_and_nothing_beside_them(to: torch.dtype, source: torch.dtype, accumulate: bool) -> None:
     scale = 0.3 if accumulate else 1.0
-    for there, here in [(0, 1), (1, 0), (1, 1), (3, 5), (7, 2), (8, 13), (17, 17)]:
+    for begin, other_begin in [(0, 1), (1, 0), (1, 1), (3, 5), (7, 2), (8, 13), (17, 17)]:
         for n in (1, 3, 31, 64, 4095, 4100):
             flat, other = numbers(n + 40, to, n), numbers(n + 40, source, n + 1)
-            view = flat[there : there + n]
+            view, part = flat[begin : begin + n], other[other_begin : other_begin + n]
             wanted = flat.cpu().clone()
-            wanted[there : there + n] = expected(view, other[here : here + n], scale, accumulate)
-            assert native([view], [other[here : here + n]], scale, accumulate) == -1
+            wanted[begin : begin + n] = expected(view, part, scale, accumulate)
+            assert native([view], [part], scale, accumulate) == -1
             assert same(flat, wanted)
 
 
@@ -323,14 +323,14 @@ def test_memory_that_an_earlier_pair_uses_is_named() -> None:
 def test_an_error_names_argument_and_index_before_anything_is_written(
     to: list[Any], sources: list[Any], error: type[Exception], message: str, path: str
 ) -> None:
-    there = {
+    named = {
         "long": torch.ones(4),
         "integer": torch.zeros(3, dtype=torch.int64),
         "sparse": torch.ones(3).to_sparse(),
         "expanded": torch.zeros(1).expand(3),
     }
     lists = [
-        [torch.full((3,), float(x)) if isinstance(x, int) else there.get(x, x) for x in part] for part in (to, sources)
+        [torch.full((3,), float(x)) if isinstance(x, int) else named.get(x, x) for x in part] for part in (to, sources)
     ]
     with pytest.raises(error, match=rf"^copy_: {message}"):
         copy_(*lists)
@@ -392,7 +392,7 @@ def test_a_launch_carries_up_to_120_pairs_of_two_dtypes(n: int, launches: int) -
 
 
 @needs_kernels
-@pytest.mark.skipif(not ON_CPU or backend.simulated, reason="threads and instruction sets are the CPU's")
+@pytest.mark.skipif(backend.simulated, reason="threads and instruction sets are the CPU's own")
 def test_threads_and_instruction_sets_change_no_bit() -> None:
     sizes: list[tuple[int, ...]] = [(90_001,), (3,), (70_000,), (77,)]
     kept = torch.get_num_threads(), backend.isa()

@@ -1,5 +1,5 @@
-// Copies of many tensors at a time, with casts: to <- source * scale, or to += source * scale. The arithmetic is fp32's,
-// each operation rounded, or fp64's between fp64 tensors. Included once an instruction set, after storage.h.
+// Copies of many tensors at a time, with casts: to <- source * scale, or to += source * scale. Arithmetic is fp32, each
+// operation rounded, or fp64 between fp64 tensors. Included once an instruction set, after storage.h.
 #pragma once
 
 namespace pytrain::PT_ISA::cpu {

@@ -43,7 +43,7 @@ struct Piece {
   int64_t words[max_words];
 };
 
-// Copies between two formats, handed over by value: nothing is uploaded or kept, and a captured graph holds them itself.
+// Copies between two formats, handed over by value: nothing is uploaded or kept, and a captured graph holds them.
 struct Copies {
   static constexpr int64_t most = 120;
   struct Pair {

@@ -22,7 +22,7 @@ from pytrain import backend
 from pytrain.optim import REGISTRY, FusedOptimizer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "optim"))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "optim")]
 from optim_cases import LR, VARIANTS  # noqa: E402
 from step_cases import everything  # noqa: E402
 

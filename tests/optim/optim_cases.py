@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import randn, skip_if_elsewhere
 from torch import Tensor
 
 from pytrain import backend
@@ -91,7 +92,7 @@ def fastest(name: str) -> dict[str, Any]:
 def make_params(dtype: torch.dtype, shapes: list[tuple[int, ...]] | None = None, seed: int = 0) -> list[Tensor]:
     """Parameters with values of about one."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in (shapes or SHAPES)]
+    return [torch.nn.Parameter(randn(shape, generator=generator).to(dtype)) for shape in (shapes or SHAPES)]
 
 
 def like(params: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -102,7 +103,7 @@ def like(params: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]
 def gradients(params: list[Tensor], seed: int) -> list[Tensor]:
     """One gradient a parameter, in its dtype, the same for the same seed whatever the layout."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+    return [randn(p.shape, generator=generator).to(p.dtype) for p in params]
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[Tensor], grads_from: list[Tensor], steps: int = 4) -> None:
@@ -167,6 +168,8 @@ def processor() -> str:
 @contextmanager
 def isa(level: str) -> Iterator[None]:
     """Run at an instruction set level; skips where this machine does not have it."""
+    if level != "baseline":
+        skip_if_elsewhere("instruction sets are the CPU's; one level is tested")
     if not backend.facts.isa_levels()[level]:
         pytest.skip(f"this machine ({processor()}) has no {level}")
     before = backend.isa()

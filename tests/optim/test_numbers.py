@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import there
 from optim_cases import (
     CASES,
     DTYPES,
@@ -73,8 +74,8 @@ def wide_gradients(n: int, steps: int) -> list[Tensor]:
     """Gradients over twelve decades, none of them zero."""
     generator = torch.Generator().manual_seed(5)
     shape = (steps, n)
-    sign = torch.randint(2, shape, generator=generator).double() * 2 - 1
-    return list(sign * 10.0 ** (torch.rand(shape, generator=generator).double() * 12 - 9))
+    sign = torch.randint(2, shape, generator=generator, device="cpu").double() * 2 - 1
+    return list(there(sign * 10.0 ** (torch.rand(shape, generator=generator, device="cpu").double() * 12 - 9)))
 
 
 def walk(optimizer: torch.optim.Optimizer, p: Tensor, grads: list[Tensor]) -> list[Tensor]:

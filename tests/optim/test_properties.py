@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import randn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optim_cases import LAYOUTS, VARIANTS, error, gradients, like, ours, same_bits, torch_class
@@ -20,7 +21,7 @@ cases = st.sampled_from([(name, options) for name in VARIANTS for options in VAR
 
 def random_params(sizes: list[Any], seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+    return [torch.nn.Parameter(randn(size, generator=generator).to(dtype)) for size in sizes]
 
 
 @SETTINGS

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import randn
 from optim_cases import same_bits
 from torch import nn
 
@@ -27,7 +28,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def backward(model: nn.Module, step: int) -> None:
     dtype = next(model.parameters()).dtype
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
+    x = randn(4, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
     model(x).square().mean().backward()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import randn
 from optim_cases import VARIANTS, bits, gradients, ours
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class Model(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         shapes = [(5,), (33, 7), (5000,), ()]
-        values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        values = [randn(shape, generator=generator).to(dtype) for shape in shapes]
         self.parts = nn.ParameterList(nn.Parameter(value) for value in values)
         self.frozen = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
         self.idle = nn.Parameter(torch.ones(2, dtype=dtype))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import randn, there
 from format_cases import ALL_FORMATS_OF_ADAMW, BF16, FORMATS, FP16, NAMES, SHAPES, SOME_FORMATS_OF_ALL, equal, state_of
 from optim_cases import (
     LAYOUTS,
@@ -178,7 +179,9 @@ def test_random_numbers_do_not_depend_on_the_company() -> None:
 
 def test_codes_keep_a_sixteenth_and_the_largest_exactly() -> None:
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(1000, generator=generator) * 10.0 ** torch.randint(-3, 4, (1000,), generator=generator)
+    x = randn(1000, generator=generator) * 10.0 ** there(
+        torch.randint(-3, 4, (1000,), generator=generator, device="cpu")
+    )
     for kind in CODES:
         values = x.abs() if kind == "u8" else x
         codes, scale = encode_codes(values, kind)

@@ -1,7 +1,8 @@
 // The kernels of csrc/cuda without torch and without a GPU: every launch against a plain reference.
 //
 // Arguments: "forward" for one order of blocks and threads instead of four, "few" for fewer cases, "traffic" for the
-// bytes that are moved instead; and which areas to test: fp32, fp64, mixed (steps of these classes), stats, control, copy.
+// bytes that are moved instead; and which areas to test: fp32, fp64, mixed (steps of these classes), stats, control,
+// copy.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
