@@ -46,7 +46,8 @@ HOST_ONLY = {
         r"test_a_step_is_whole_or_nothing\[.*-kernels\]",
         r"test_a_skip_leaves_everything_bit_for_bit\[.*-kernels\]",
         r"test_a_scale_near_or_at_zero_makes_nothing_nan\[None-.*-pytrain.AdamW\]",
-        "test_a_skip_before_the_first_step_makes_no_state",
+        r"test_a_skip_before_the_first_step_makes_no_state\[(cautiouslion|lars|lion)\]",
+        r"test_b13_any_found_inf_but_zero_skips_and_changes_nothing\[(cautiouslion|lars|lion)\]",
     ),
 }
 
@@ -131,7 +132,8 @@ class SecondDevice(TorchFunctionMode):
         given = list(tensors_in((args, kwargs)))
         name = getattr(func, "__name__", "")
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
-            return HOST if args[0] in self.host else SECOND
+            other = func(*args)
+            return other if other.type != "cpu" else HOST if args[0] in self.host else SECOND
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             func(*args)
             self.mark(args[0], args[1] in self.host)

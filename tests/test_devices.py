@@ -29,6 +29,7 @@ def test_tensors_are_elsewhere_unless_they_are_said_to_be_here() -> None:
     assert there.device == SECOND and here.device == HOST
     assert (there + 1).device == torch.zeros_like(there).device == there[1:].device == SECOND
     assert (here + 1).device == torch.zeros_like(here).device == here[1:].device == HOST
+    assert torch.zeros(2, device="meta").device.type == "meta"
     assert torch.nn.Linear(2, 2).weight.device == there.new_zeros(2).device == SECOND
     assert torch.zeros(2, device=there.device).device == SECOND and torch.zeros(2, device=here.device).device == HOST
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import not_second
 from optim_cases import VARIANTS, began, gradients, like, make_params, needs_kernels, ours, run, same_bits
 from torch.nn import Parameter
 
@@ -346,6 +347,7 @@ def test_two_threads_at_once_are_right_or_refused() -> None:
     assert all("two threads" in error for error in errors)
 
 
+@not_second("20,000 tensors take minutes where each operation on one is looked at")
 @needs_kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_thousand_tiny_tensors(name: str) -> None:
