@@ -37,6 +37,7 @@ KERNEL_SOURCES = [
     "csrc/ops/table.cpp",
     "csrc/ops/optim.cpp",
     "csrc/ops/adafactor.cpp",
+    "csrc/ops/settle.cpp",
     "csrc/ops/step.cpp",
     "csrc/ops/copy.cpp",
 ]

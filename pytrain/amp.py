@@ -25,7 +25,7 @@ from pytrain.control import (
     Policy,
     update_scaler,
 )
-from pytrain.optim.plan import FOUND_INF
+from pytrain.optim.plan import FOUND_INF, Besides, Between
 from pytrain.parts import blank_control
 
 Outputs = TypeVar("Outputs", bound="Tensor | Iterable[Any]")
@@ -134,6 +134,7 @@ class LossScaler:
         self._updates = 0
         self._order: list[weakref.ref[Optimizer]] = []  # the last step's, where only the device knows
         self._first_bad: weakref.ref[Optimizer] | None = None  # whose optimizer's the last row of skips began with
+        self.moved = False  # has pass 2 of the step under way moved the state?
         self.window = False  # is a pytrain.open_step under way, which updates at its end?
 
     def _place(self, state: Tensor) -> None:
@@ -250,6 +251,7 @@ class LossScaler:
             if not _is_scale(value):
                 raise ValueError(f"new_scale: expected {SCALES}, got {value!r}")
         stages, self.stages = self.stages, []
+        moved, self.moved = self.moved, False
         if new_scale is not None:
             self._state[SCALE] = value
             return
@@ -257,10 +259,13 @@ class LossScaler:
             raise RuntimeError(
                 "update: no optimizer was stepped since the last update(); one update a step, after its last optimizer"
             )
-        controls: list[Tensor] = []
-        for stage in stages:
-            controls += [_found(stage) if stage.control is None else stage.control]
-        update_scaler(self._state, controls, self.rules)
+        if moved:
+            torch.autograd.graph.increment_version(self._state)
+        else:
+            controls: list[Tensor] = []
+            for stage in stages:
+                controls += [_found(stage) if stage.control is None else stage.control]
+            update_scaler(self._state, controls, self.rules)
         self._updates += 1
         if self._numbers is None:
             self._order = [weakref.ref(stage.optimizer) for stage in stages]
@@ -389,6 +394,7 @@ class LossScaler:
         Raises:
             RuntimeError: one of them has stepped since the last update.
         """
+        self.moved = False
         stages: list[Stage] = []
         for optimizer in optimizers:
             stage = self.stage(optimizer)
@@ -398,6 +404,13 @@ class LossScaler:
                 )
             stages += [stage]
         return stages
+
+    def lend(self, between: Between) -> Besides:
+        """For a launch: the scale; or the state and how it moves, where it moves next and by this one optimizer."""
+        _, moves, groups, norms = between
+        if moves and self.stages[0] is self.stages[-1]:
+            return self._state, groups, norms, self.rules
+        return self.current, groups, norms, ()
 
     def open_steps(self) -> list[str]:
         """The names of the optimizers that have stepped since the last update."""

@@ -219,3 +219,17 @@ def _unsupported(param: Tensor) -> str:
     if param.is_neg() or param.is_conj():
         return "the parameter is a lazily negated or conjugated view"
     return ""
+
+
+def why_slow(param: Tensor, group: dict[str, object]) -> str | None:
+    """None for the kernels; "" for the torch path because it was asked for; else the reason for the torch path."""
+    fused = group.get("fused")
+    choice = select(param, fused=None if fused is None else bool(fused))
+    if choice.backend == "torch":
+        return "" if choice.reason in ASKED_FOR else choice.reason
+    grad = param.grad
+    if grad is not None and grad.layout != torch.strided:
+        if wanted() == "native" or fused:
+            raise BackendError(f"the kernels do not take gradients of layout {grad.layout}; leave fused unset")
+        return f"there are no kernels for gradients of layout {grad.layout}"
+    return None

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from pytrain.optim.base import FusedOptimizer
-from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, INV_SCALE, SUMSQ
+from pytrain.optim.plan import (
+    CLIP_COEF,
+    CONTROL_HEAD,
+    CONTROL_ROW,
+    FIRST_BAD,
+    FOUND_INF,
+    INV_SCALE,
+    SUMSQ,
+    Between,
+    Moving,
+)
 from pytrain.optim.slow import sum_squares
 
 NOBODY: frozenset[int] = frozenset()
@@ -23,11 +33,20 @@ NOBODY: frozenset[int] = frozenset()
 class Part(Protocol):
     """An optimizer in a step."""
 
-    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
-        """Pass 1."""
+    settles: bool  # has pass 1 settled the control block too?
 
-    def finish(self, *, alone: bool) -> None:
-        """Pass 2; `alone` where nothing has run since pass 1 that could have moved a tensor."""
+    def measure(
+        self,
+        grad_coef: float,
+        clip_value: float,
+        averages: dict[int, Tensor],
+        ema_weight: float,
+        between: Between | None,
+    ) -> Tensor:
+        """Pass 1; it may settle the control block where `between` says how."""
+
+    def finish(self, *, alone: bool, scaler: Moving | None) -> None:
+        """Pass 2; `alone` where nothing has run since pass 1 that could have moved a tensor; it may move the scaler."""
 
     def abandon(self) -> None:
         """Forget pass 1, if pass 2 has not come."""
@@ -69,13 +88,22 @@ class Foreign:
     The flag and the norms are read by the host: one wait for the device a step.
     """
 
+    settles = False
+
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.control = blank_control(len(optimizer.param_groups))
         self.clip_value = 0.0
 
     @torch.no_grad()
-    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+    def measure(
+        self,
+        grad_coef: float,
+        clip_value: float,
+        averages: dict[int, Tensor],
+        ema_weight: float,
+        between: Between | None = None,
+    ) -> Tensor:
         """Pass 1, a tensor at a time."""
         self.clip_value, self.control[INV_SCALE] = clip_value, grad_coef
         number = 0
@@ -91,7 +119,7 @@ class Foreign:
             self.control[CONTROL_HEAD + row * CONTROL_ROW + SUMSQ] = total
         return self.control
 
-    def finish(self, *, alone: bool) -> None:
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> None:
         """Pass 2: nothing where an inf or nan was found."""
         optimizer, fused = self.optimizer, isinstance(self.optimizer, FusedOptimizer)
         if self.control[FOUND_INF] != 0:
@@ -146,11 +174,20 @@ class Foreign:
 class Released:
     """An optimizer that steps in backward: its gradients are gone, and what was bad was skipped one by one."""
 
+    settles = False
+
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
         self.control = blank_control(len(optimizer.param_groups))
 
-    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+    def measure(
+        self,
+        grad_coef: float,
+        clip_value: float,
+        averages: dict[int, Tensor],
+        ema_weight: float,
+        between: Between | None = None,
+    ) -> Tensor:
         """No pass 1; the norm is unknown.
 
         Raises:
@@ -164,7 +201,7 @@ class Released:
         self.control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ] = math.nan
         return self.control
 
-    def finish(self, *, alone: bool) -> None:
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> None:
         """Close the step."""
         self.optimizer.step()
         self.control[FOUND_INF] = float(self.optimizer.step_was_skipped)

@@ -145,7 +145,8 @@ def step(
     schedules = () if schedule is None else _check_schedules(listed, schedule)
     scale = 1.0 if scaler is None else scaler.scale_now()
     run = _take_eagerly if is_dynamo_compiling() or dynamo_callback() is not None else take
-    controls = run(listed, scaler, clip, grad_divisor, ema, shards)
+    moves = ema is None and shards is None
+    controls = run(listed, scaler, clip, grad_divisor, ema, shards, moves)
     if scaler is not None:
         scaler.move()
     for i, one in schedules:
@@ -160,14 +161,23 @@ def take(
     divisor: float = 1.0,
     ema: Average | None = None,
     shards: Shards | None = None,
+    moves: bool = False,
 ) -> list[Tensor]:
-    """The straight line of a step, up to the loss scale's update. Returns each optimizer's control block."""
+    """The straight line of a step, up to the loss scale's update. Returns each optimizer's control block.
+
+    Args:
+        moves: the loss scale moves next, and nothing can fail before: one part alone may do it in pass 2.
+    """
     parts = _check_parts(optimizers, scaler, clip, divisor, ema)
     averages, weight = (NO_AVERAGES, 0.0) if ema is None else (ema.averages, ema.next_weight())
     stages = NO_STAGES if scaler is None else scaler.begin(optimizers)
+    alone = parts[0] is parts[-1]
+    between = None
+    if alone and shards is None and not (stages and stages[0].unscaled):  # else something comes between
+        between = (scaler, moves, clip.groups, clip.max_norms)
     try:
-        # PASS 1   read g -> control.{sumsq, found_inf, first_bad}
-        controls = [part.measure(1.0 / divisor, clip.value, averages, weight) for part in parts]
+        # PASS 1   read g -> control.{sumsq, found_inf, first_bad}; a part alone may settle it in the same launch
+        controls = [part.measure(1.0 / divisor, clip.value, averages, weight, between) for part in parts]
         scaled = [0] * len(parts)
         for i, stage in enumerate(stages):
             stage.control = control = controls[i]
@@ -178,10 +188,11 @@ def take(
         if shards is not None:
             shards.agree_on(controls)
         # CONTROL  norms, clip coefficients, what unscales
-        settle(controls, ONE if scaler is None else scaler.current, scaled, clip.groups, clip.max_norms)
+        if not parts[0].settles:
+            settle(controls, ONE if scaler is None else scaler.current, scaled, clip.groups, clip.max_norms)
         # PASS 2   read p, g, m, v -> write p, m, v, low copy, average, g = 0; nothing where found_inf
         for part in parts:
-            part.finish(alone=part is parts[-1] and part is parts[0])
+            part.finish(alone=alone, scaler=scaler if moves else None)
     except BaseException:
         for part in parts:
             part.abandon()

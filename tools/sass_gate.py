@@ -129,10 +129,11 @@ WIDE = re.compile(r"(LD|ST)G?\.E\.(?:\w+\.)*128")
 GENERIC = re.compile(r"(LD|ST)\.E\b")
 LOCAL = re.compile(r"(LD|ST)L\b")
 F64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+(\.\w+)*\.F64\b|MUFU\.R(CP|SQ)64H")
-# What mixed.h keeps out of line; the slow paths of division and root; how architectures before sm_90 shuffle where a
-# warp may have diverged.
+# What mixed.h keeps out of line, and what one thread does between the passes; the slow paths of division and root; how
+# architectures before sm_90 shuffle where a warp may have diverged.
 ALLOWED_CALL = re.compile(
-    r"\$_Z\w+\$_ZN7pytrain4cuda5Mixed|\$__internal_\d+_\$__cuda_sm\w+?_((d?sqrt|div|(dbl)?rcp)_rn_|shflsync_)"
+    r"\$_Z\w+\$_ZN(7pytrain4cuda5Mixed|\w+7pytrain4cuda9(settle_by|find_move)E)"
+    r"|\$__internal_\d+_\$__cuda_sm\w+?_((d?sqrt|div|(dbl)?rcp)_rn_|shflsync_)"
 )
 
 

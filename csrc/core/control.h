@@ -8,6 +8,11 @@
 #else
 #define PT_ANYWHERE
 #endif
+#ifdef __CUDA_ARCH__
+#define PT_ROLLED _Pragma("unroll 1")
+#else
+#define PT_ROLLED
+#endif
 
 namespace pytrain::core {
 

@@ -96,13 +96,9 @@ PT_ANYWHERE inline Control& control_at(const Settling& s, int64_t i) {
   return *reinterpret_cast<Control*>(static_cast<std::uintptr_t>(s.controls[i]));
 }
 
-// Norms, what unscales, and every row's clip coefficient from the norm of its clip group. Where a gradient of the group
-// is bad there is no norm, and all optimizers that take part in it skip the step.
-PT_ANYWHERE inline void settle(const Settling& s, double scale) {
-  double* const sumsq = s.room;
-  double* const bad = s.room + s.n_groups;
-  for (int64_t g = 0; g < 2 * s.n_groups; ++g) s.room[g] = 0.0;
-  int64_t at = 0;
+// The parts of `settle`, each a walk of its own that keeps little at hand. First: norms, and what unscales. A bad
+// gradient leaves no norm.
+PT_ANYWHERE inline void find_norms(const Settling& s, double scale) {
   for (int64_t i = 0; i < s.n_controls; ++i) {
     Control& head = control_at(s, i);
     if (s.scaled[i]) unscale(head, scale);
@@ -111,22 +107,51 @@ PT_ANYWHERE inline void settle(const Settling& s, double scale) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     head.grad_norm = head.first_bad >= 0.0 ? nan : std::sqrt(total) * head.inv_scale;
     if (head.found_inf == 0.0 && overflows(head)) head.found_inf = 1.0;
+  }
+}
+
+// Of each clip group the sum of the squares, and whether one of its optimizers has met an inf or nan: into the room.
+PT_ANYWHERE inline void add_up_groups(const Settling& s) {
+  for (int64_t g = 0; g < 2 * s.n_groups; ++g) s.room[g] = 0.0;
+  int64_t at = 0;
+  for (int64_t i = 0; i < s.n_controls; ++i) {
+    const Control& head = control_at(s, i);
     for (int64_t r = 0; r < s.rows[i]; ++r, ++at) {
       const int64_t group = s.clip_groups[at];
       if (group < 0) continue;
-      sumsq[group] += head.rows()[r].sumsq * head.inv_scale * head.inv_scale;
-      bad[group] += head.found_inf;
+      s.room[group] += head.rows()[r].sumsq * head.inv_scale * head.inv_scale;
+      s.room[s.n_groups + group] += head.found_inf;
     }
   }
-  at = 0;
+}
+
+// Of each clip group the coefficient, in the sum's place.
+PT_ANYWHERE inline void limit_groups(const Settling& s) {
+  PT_ROLLED
+  for (int64_t g = 0; g < s.n_groups; ++g) s.room[g] = clip_coef(std::sqrt(s.room[g]), s.max_norms[g]);
+}
+
+// Each row's; all optimizers that take part in a group with a bad gradient skip the step.
+PT_ANYWHERE inline void limit_rows(const Settling& s) {
+  int64_t at = 0;
   for (int64_t i = 0; i < s.n_controls; ++i) {
     Control& head = control_at(s, i);
     for (int64_t r = 0; r < s.rows[i]; ++r, ++at) {
       const int64_t group = s.clip_groups[at];
-      head.rows()[r].clip_coef = group < 0 ? 1.0 : clip_coef(std::sqrt(sumsq[group]), s.max_norms[group]);
-      if (group >= 0 && bad[group] != 0.0 && head.found_inf == 0.0) head.found_inf = bad[group];
+      head.rows()[r].clip_coef = group < 0 ? 1.0 : s.room[group];
+      const double bad = group < 0 ? 0.0 : s.room[s.n_groups + group];
+      if (bad != 0.0 && head.found_inf == 0.0) head.found_inf = bad;
     }
   }
+}
+
+// Norms, what unscales, and every row's clip coefficient from the norm of its clip group. Where a gradient of the group
+// is bad there is no norm, and all optimizers that take part in it skip the step.
+PT_ANYWHERE inline void settle(const Settling& s, double scale) {
+  find_norms(s, scale);
+  add_up_groups(s);
+  limit_groups(s);
+  limit_rows(s);
 }
 
 // What the control blocks of a step's optimizers mean for the scale.

@@ -12,7 +12,7 @@ namespace pytrain::cuda {
 
 // A few numbers for one block, by value where they are few.
 struct Words {
-  static constexpr int64_t few = 384;
+  static constexpr int64_t few = 192;
   int64_t n;
   const int64_t* many;  // device memory; null where they stand here
   int64_t here[few];
@@ -26,7 +26,11 @@ struct Settle {
   const float* scale;
   int64_t n_controls, n_rows, n_groups;
   double* room;  // two doubles a group, in device memory
+  const core::Scaler* scaler;  // null where `moved` is not asked for: the state after this step
+  core::Scaler* moved;
+  core::Policy policy;
 };
+static_assert(sizeof(Job) + sizeof(Settle) <= 4096, "what a launch takes by value on every driver");
 
 // `words` holds each control block's address.
 struct ScalerUpdate {
@@ -70,7 +74,8 @@ struct Backend {
   // Which capture makes a graph of what is queued on this stream now; 0: none, it runs.
   uint64_t (*capture)(void* stream);
   const char* (*step)(Class kind, int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
-  const char* (*stats)(const Job& job, int64_t multiprocessors, void* stream);
+  // Pass 1, and what follows from it where `then` has a control block.
+  const char* (*stats)(const Job& job, const Settle& then, int64_t multiprocessors, void* stream);
   const char* (*average)(const Job& job, int64_t multiprocessors, void* stream);
   const char* (*copy)(const Copies& job, int64_t multiprocessors, void* stream);
   const char* (*upload)(const Piece& piece, void* to, void* stream);
@@ -81,7 +86,7 @@ struct Backend {
 const char* launch_fp32(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
 const char* launch_fp64(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
 const char* launch_mixed(int rule, bool measure, const Job& job, int64_t multiprocessors, void* stream);
-const char* launch_stats(const Job& job, int64_t multiprocessors, void* stream);
+const char* launch_stats(const Job& job, const Settle& then, int64_t multiprocessors, void* stream);
 const char* launch_average(const Job& job, int64_t multiprocessors, void* stream);
 const char* launch_copy(const Copies& job, int64_t multiprocessors, void* stream);
 const char* launch_upload(const Piece& piece, void* to, void* stream);

@@ -1,7 +1,7 @@
 // The small launches between pass 1 and pass 2 and after them: clip coefficients, the loss scale, and what the host
 // writes to the device.
 #include "cuda/backend.h"
-#include "cuda/language.h"
+#include "cuda/settle.h"
 
 namespace pytrain::cuda {
 namespace {
@@ -12,15 +12,7 @@ PT_KERNEL(copying) upload(PT_ARGUMENT(Piece) piece, int64_t* to) {
   for (int64_t i = threadIdx.x; i < piece.n; i += copying) to[i] = piece.words[i];
 }
 
-// One thread: what it adds up has a few numbers a param group, and comes out as on the CPU.
-PT_KERNEL(1) settle(PT_ARGUMENT(Settle) job) {
-  const int64_t* const words = job.words.many ? job.words.many : job.words.here;
-  const int64_t* const groups = words + 3 * job.n_controls;
-  const double* const max_norms = reinterpret_cast<const double*>(groups + job.n_rows);
-  core::settle({job.n_controls, job.n_groups, words, words + job.n_controls, words + 2 * job.n_controls, groups,
-                max_norms, job.room},
-               static_cast<double>(*job.scale));
-}
+PT_KERNEL(1) settle(PT_ARGUMENT(Settle) job) { settle_by(job); }
 
 PT_KERNEL(1) update_scaler(PT_ARGUMENT(ScalerUpdate) job) {
   core::update(*job.state, job.policy, job.words.many ? job.words.many : job.words.here, job.n_controls);

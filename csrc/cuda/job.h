@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/control.h"
+#include "core/scaler.h"
 #include "core/segment.h"
 
 namespace pytrain::cuda {
@@ -52,6 +53,8 @@ struct Job {
   double* totals;         // max_sums an item
   unsigned* ticket;       // how many blocks of the running launch are done; 0 between launches
   double weight;          // of averages outside a step
+  core::Scaler* scaler;   // what an update writes too, where it is all of a step; null: nothing
+  const core::Scaler* moved;        // what it writes there: pass 1 has found it
 };
 constexpr int64_t few_chunks = 32;
 

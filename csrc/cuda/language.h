@@ -13,16 +13,18 @@
 #define PT_ARGUMENT(type) const __grid_constant__ type  // of a kernel: stays where the launch has put it
 #define PT_DEVICE __device__ __forceinline__
 #define PT_OUTLINE __device__ __noinline__  // for code of some size that every kernel would repeat
-#define PT_ROLLED _Pragma("unroll 1")
 #define PT_SHARED(type, name, count) __shared__ type name[count]
 #define PT_LAUNCH(kernel, blocks, threads, stream, ...) \
   kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 namespace pytrain::cuda {
+// What a multiprocessor holds; where that is not known, the smallest of the newer ones.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
-constexpr int most_threads = 1024;  // of a multiprocessor
+constexpr int most_threads = 1024;
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+constexpr int most_threads = 2048;
 #else
-constexpr int most_threads = 1536;  // of the others' smallest
+constexpr int most_threads = 1536;
 #endif
 
 // The same pointer, which the compiler may take to point to global memory; else it asks at each access.
@@ -52,7 +54,6 @@ inline const char* launch_error() {
 
 #define PT_RESIDENT_KERNEL(threads, blocks) PT_KERNEL(threads)
 #define PT_OUTLINE inline
-#define PT_ROLLED
 
 namespace pytrain::cuda {
 template <class T>

@@ -1,6 +1,7 @@
 // What knows no rule: pass 1, the sums of squares of the gradients, and weight averages outside of a step.
 #include "cuda/backend.h"
 #include "cuda/block.h"
+#include "cuda/settle.h"
 
 namespace pytrain::cuda {
 namespace {
@@ -108,7 +109,7 @@ PT_DEVICE void settle_stats(const Job& job, double* lines, unsigned long long* f
   job.control->first_bad = before < 0.0 || bad < before ? bad : before;
 }
 
-PT_KERNEL(threads) take_stats(PT_ARGUMENT(Job) job) {
+PT_RESIDENT_KERNEL(threads, 8) take_stats(PT_ARGUMENT(Job) job, PT_ARGUMENT(Settle) then) {
   PT_SHARED(double, lines, warps);
   PT_SHARED(unsigned, drawn, 1);
   PT_SHARED(unsigned long long, first_bad, 1);
@@ -116,7 +117,11 @@ PT_KERNEL(threads) take_stats(PT_ARGUMENT(Job) job) {
     const double sum = block_sum(stats_of(job, job.chunks[c]), lines);
     if (threadIdx.x == 0) job.partials[c * core::max_sums] = sum;
   }
-  if (is_last_block(job.ticket, drawn)) settle_stats(job, lines, first_bad);
+  if (!is_last_block(job.ticket, drawn)) return;
+  settle_stats(job, lines, first_bad);
+  if (threadIdx.x != 0 || !then.n_controls) return;
+  settle_by(then);  // the thread that has written what was found
+  if (then.scaler) find_move(then);
 }
 
 // N elements of an average move towards the parameter's.
@@ -164,9 +169,9 @@ PT_KERNEL(threads) average(PT_ARGUMENT(Job) job) {
 
 }  // namespace
 
-const char* launch_stats(const Job& job, int64_t multiprocessors, void* stream) {
+const char* launch_stats(const Job& job, const Settle& then, int64_t multiprocessors, void* stream) {
   static const int64_t resident = resident_blocks(take_stats, threads);
-  PT_LAUNCH(take_stats, grid(job, multiprocessors * resident), threads, stream, job);
+  PT_LAUNCH(take_stats, grid(job, multiprocessors * resident), threads, stream, job, then);
   return launch_error();
 }
 

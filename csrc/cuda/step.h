@@ -137,12 +137,20 @@ PT_DEVICE void forget_gradients(const Job& job) {
   }
 }
 
+// The loss scale moves with the step, and with a step that is skipped: pass 1 has found where to.
+PT_DEVICE void move_scale(const Job& job) {
+  constexpr unsigned n = core::scaler_size;
+  if (blockIdx.x != 0 || threadIdx.x >= n || !job.scaler) return;
+  reinterpret_cast<float*>(job.scaler)[threadIdx.x] = reinterpret_cast<const float*>(job.moved)[threadIdx.x];
+}
+
 template <class Rule, class Loop>
 PT_RESIDENT_KERNEL(Traits<Loop>::block, Traits<Loop>::template resident<Rule>) update(PT_ARGUMENT(Job) job) {
   static_assert(std::is_trivially_copyable_v<Rule> && sizeof(Rule) % sizeof(double) == 0);
   using Here = Turn<Rule, typename Traits<Loop>::Number>;
   PT_SHARED(Here, turn, 1);
   PT_SHARED(unsigned, drawn, 1);
+  move_scale(job);
   if (is_skipped(job)) return forget_gradients(job);
   each_turn(job, true, *turn, [&] { Loop::update(turn->rule(), turn->part(job)); });
   if (is_last_block(job.ticket, drawn)) advance<Rule, Traits<Loop>::block>(job);

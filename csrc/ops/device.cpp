@@ -210,7 +210,9 @@ void run_on_device(Queue& queue, DeviceTable& table, std::vector<Item>& items, c
     job.control = step.control;
     job.n_rows = step.n_rows;
     table.load(queue, stream, items, job);
-    if (launches == Launches::stats) return queue.check(backend.stats(job, width, stream), "pass 1");
+    if (launches == Launches::stats) return queue.check(backend.stats(job, *step.then, width, stream), "pass 1");
+    job.moved = step.moved;
+    if (!step.serial) job.scaler = step.scaler;
     if (step.measures) queue.check(backend.step(kind, step.rule, true, job, width, stream), "sums");
     if (!step.serial) return queue.check(backend.step(kind, step.rule, false, job, width, stream), "step");
     for (size_t i = 0; i < items.size(); ++i) {
@@ -218,6 +220,7 @@ void run_on_device(Queue& queue, DeviceTable& table, std::vector<Item>& items, c
       job.n_items = job.first_item + 1;
       job.first_chunk = items[i].first_chunk;
       job.n_chunks = items[i].first_chunk + items[i].n_chunks;
+      if (i + 1 == items.size()) job.scaler = step.scaler;
       queue.check(backend.step(kind, step.rule, false, job, width, stream), "step");
     }
   });

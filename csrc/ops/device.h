@@ -105,6 +105,9 @@ struct DeviceStep {
   core::Control* control;
   int64_t n_rows;
   Given given;
+  const cuda::Settle* then;  // what pass 1 settles
+  core::Scaler* scaler;      // what the last launch of an update moves; null: nothing
+  const core::Scaler* moved;
 };
 enum class Launches { stats, update };
 void run_on_device(Queue& queue, DeviceTable& table, std::vector<cuda::Item>& items, const DeviceStep& step,

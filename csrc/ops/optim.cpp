@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -90,7 +91,7 @@ void step_once(StableIValue* stack, uint64_t, uint64_t) {
   }
   for (Format& format : storage.states) format = storage.param;
   Table table(R, rule, storage, device, std::move(kept));
-  table.step(params, grads, {}, {control_view(control.get(), rule.name), {}}, Table::Mode::write, true);
+  table.step(params, grads, {}, {control_view(control.get(), rule.name), {}, {}}, Table::Mode::write, true);
 }
 
 // Tables live here under a number, because the stable ABI has no objects of ours. Never destroyed: at the process's
@@ -176,17 +177,18 @@ void table_captured(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(find_table(to<int64_t>(stack[0]))->captured());
 }
 
-Table::Mode mode_from(int64_t number) {
+Table::Mode mode_from(int64_t number, bool folds) {
   STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Table::Mode::write_fitted), "_table_step: mode is ",
-                  number,
-                  ", expected 0 to 3");
-  return static_cast<Table::Mode>(number);
+                  number, ", expected 0 to 4");
+  const auto mode = static_cast<Table::Mode>(number);
+  STD_TORCH_CHECK(folds || mode != Table::Mode::settle, "_table_step: mode is 2, which _table_launch has");
+  return mode;
 }
 
 // The control block, and the host's copy of what was written to it: `given`, which may be the same tensor, or empty
 // where the block alone has the numbers of this step. `fresh`: the device's own does not know of this step yet.
 Controls controls_from(const Handle& block, const Handle& given, bool fresh, const char* op) {
-  Controls controls{control_view(block.get(), op), {}};
+  Controls controls{control_view(block.get(), op), {}, {}};
   if (controls.block.device == cpu_device && !simulates()) return controls;
   if (view(given.get(), false).numel == 0) return controls;
   const View host = control_view(given.get(), op);
@@ -197,35 +199,76 @@ Controls controls_from(const Handle& block, const Handle& given, bool fresh, con
   return controls;
 }
 
+// What the launches of this call do besides, from four arguments. Mode 2 settles: the loss scale (one fp32; none where
+// nothing has scaled) or the state of a scaler that is to move; the rows' clip groups and the max_norms, as _control
+// has them; that scaler's policy. Modes 3 and 4 move it: its state, and nothing.
+Between between_from(const StableIValue* arguments, const Controls& controls, Table::Mode mode, const char* op) {
+  const auto given = to<std::optional<AtenTensorHandle>>(arguments[0]);
+  const Handle beside(given.value_or(nullptr));
+  const auto policy = to<std::vector<double>>(arguments[3]);
+  const Flat flat = given ? read_flat(beside.get()) : Flat{};
+  Between between;
+  between.clip_groups = to<std::vector<int64_t>>(arguments[1]);
+  between.max_norms = to<std::vector<double>>(arguments[2]);
+  const bool moves = mode >= Table::Mode::write || !policy.empty();
+  STD_TORCH_CHECK(backend_of(controls.block.device), op, ": control is on a device that does not launch");
+  STD_TORCH_CHECK(given || !moves, op, ": beside is missing, the state of the scaler that moves");
+  STD_TORCH_CHECK(!given || (flat.format == Format::fp32 && flat.contiguous && flat.device == controls.block.device &&
+                             flat.numel == (moves ? core::scaler_size : 1)),
+                  op, ": beside must be a contiguous float32 tensor of ", moves ? core::scaler_size : 1,
+                  " elements on the device of control, has ", flat.numel);
+  if (moves) between.scaler = static_cast<core::Scaler*>(flat.data);
+  if (mode != Table::Mode::settle) return between;
+  STD_TORCH_CHECK(policy.empty() || policy.size() == core::policy_size, op, ": policy has ", policy.size(),
+                  " entries, expected ", core::policy_size);
+  std::copy(policy.begin(), policy.end(), reinterpret_cast<double*>(&between.policy));
+  between.blocks = {{static_cast<core::Control*>(controls.block.data),
+                     (controls.block.numel - core::control_head) / core::control_row}};
+  between.scaled = {given.has_value()};
+  between.scale = static_cast<const float*>(flat.data);  // a state begins with it
+  between.check(op);
+  return between;
+}
+
 // _table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, Tensor given,
 //             bool fresh, int mode, bool strict) -> int
-// mode: 0 looks whether the tensors fit, 1 takes the gradients' statistics into control, 2 steps, 3 steps what
-// the call before, with mode 1, has looked at.
+// mode: 0 looks whether the tensors fit, 1 takes the gradients' statistics into control, 2 also settles that, 3 steps,
+// 4 steps what the call before, with mode 1 or 2, has looked at.
+// _table_launch is the same with (Tensor(d!)? beside, int[] clip_groups, float[] max_norms, float[] policy), and alone
+// has mode 2: an op of its own, because arguments cost time where they have nothing to say.
+template <bool folds>
 void step_table(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = folds ? "_table_launch" : "_table_step";
   const TensorList params(stack[1]), grads(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
   const Handle control(to<AtenTensorHandle>(stack[4])), given(to<AtenTensorHandle>(stack[5]));
-  const Controls block = controls_from(control, given, to<bool>(stack[6]), "_table_step");
-  const Table::Mode mode = mode_from(to<int64_t>(stack[7]));
+  Controls block = controls_from(control, given, to<bool>(stack[6]), op);
+  const Table::Mode mode = mode_from(to<int64_t>(stack[7]), folds);
   const bool strict = to<bool>(stack[8]);
+  if (folds) block.between = between_from(stack + 9, block, mode, op);
   stack[0] = from(find_table(to<int64_t>(stack[0]))->step(params, grads, rows, block, mode, strict));
 }
 
 // _table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, Tensor given, bool fresh, int mode)
 //   -> int
 // pairs: the memory of n Pairs, as int64, that the caller has just filled in and whose tensors it keeps alive.
+// _table_launch_pairs adds to it what _table_launch adds to _table_step.
+template <bool folds>
 void step_table_pairs(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = folds ? "_table_launch_pairs" : "_table_step_pairs";
   const Handle pairs(to<AtenTensorHandle>(stack[1])), control(to<AtenTensorHandle>(stack[4])),
       given(to<AtenTensorHandle>(stack[5]));
   const int64_t n = to<int64_t>(stack[2]);
   const auto rows = to<std::vector<int64_t>>(stack[3]);
   const View memory = view(pairs.get(), false);
-  const Controls block = controls_from(control, given, to<bool>(stack[6]), "_table_step_pairs");
+  Controls block = controls_from(control, given, to<bool>(stack[6]), op);
+  const Table::Mode mode = mode_from(to<int64_t>(stack[7]), folds);
+  if (folds) block.between = between_from(stack + 8, block, mode, op);
   constexpr int64_t words = sizeof(Pair) / sizeof(int64_t);
-  STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel >= n * words,
-                  "_table_step_pairs: pairs has ", memory.numel, " elements, too few for n = ", n);
+  STD_TORCH_CHECK(memory.usable && memory.contiguous && memory.numel >= n * words, op, ": pairs has ", memory.numel,
+                  " elements, too few for n = ", n);
   const auto table = find_table(to<int64_t>(stack[0]));
-  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, mode_from(to<int64_t>(stack[7]))));
+  stack[0] = from(table->step(static_cast<const Pair*>(memory.data), n, rows, block, mode));
 }
 
 // _isa(str level) -> str: the level in use, after changing it to `level` if that is not empty.
@@ -250,12 +293,17 @@ STABLE_TORCH_LIBRARY(pytrain, m) {
       "Tensor[] steps, int[] groups, int[] indices, int[] storage) -> int");
   m.def("_table_free(int table) -> ()");
   m.def("_table_captured(int table) -> bool");
-  m.def(
-      "_table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, "
-      "Tensor given, bool fresh, int mode, bool strict) -> int");
-  m.def(
-      "_table_step_pairs(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, Tensor given, bool fresh, "
-      "int mode) -> int");
+  const std::string by_lists =
+      "(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, Tensor given, bool fresh, "
+      "int mode, bool strict";
+  const std::string by_pairs =
+      "(int table, Tensor pairs, int n, int[] rows, Tensor(a!) control, Tensor given, bool fresh, int mode";
+  const std::string more = 
+      ", Tensor(d!)? beside, int[] clip_groups, float[] max_norms, float[] policy) -> int";
+  m.def(("_table_step" + by_lists + ") -> int").c_str());
+  m.def(("_table_step_pairs" + by_pairs + ") -> int").c_str());
+  m.def(("_table_launch" + by_lists + more).c_str());
+  m.def(("_table_launch_pairs" + by_pairs + more).c_str());
   m.def("_isa(str level) -> str");
 }
 
@@ -272,7 +320,9 @@ STABLE_TORCH_LIBRARY_IMPL(pytrain, CompositeExplicitAutograd, m) {
   m.impl("_table", &pytrain::ops::make_table);
   m.impl("_table_free", &pytrain::ops::free_table);
   m.impl("_table_captured", &pytrain::ops::table_captured);
-  m.impl("_table_step", &pytrain::ops::step_table);
-  m.impl("_table_step_pairs", &pytrain::ops::step_table_pairs);
+  m.impl("_table_step", &pytrain::ops::step_table<false>);
+  m.impl("_table_step_pairs", &pytrain::ops::step_table_pairs<false>);
+  m.impl("_table_launch", &pytrain::ops::step_table<true>);
+  m.impl("_table_launch_pairs", &pytrain::ops::step_table_pairs<true>);
   m.impl("_isa", &pytrain::ops::isa);
 }

@@ -1,11 +1,11 @@
 // The ops between pass 1 and pass 2 of a step, and after it: the control blocks' clip coefficients, the loss scale, and
 // weight averages outside an optimizer's own loop.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "core/scaler.h"
 #include "cpu/dispatch.h"
+#include "ops/settle.h"
 #include "ops/table.h"
 
 namespace pytrain::ops {
@@ -16,16 +16,10 @@ using torch::stable::detail::to;
 // Below this many elements waking a second thread costs more than it brings, as in table.cpp.
 constexpr int64_t grain_elements = 131072;
 
-struct Block {
-  core::Control* head;
-  int64_t rows;
-};
-
 // The control blocks of a step, all on one device.
 struct Blocks {
-  std::vector<Block> all;
+  std::vector<Between::Block> all;
   int64_t device = cpu_device;
-  int64_t rows = 0;
 };
 
 Blocks blocks(const TensorList& controls, const char* op) {
@@ -35,31 +29,8 @@ Blocks blocks(const TensorList& controls, const char* op) {
     if (i == 0) found.device = v.device;
     STD_TORCH_CHECK(v.device == found.device, op, ": controls[", i, "] is on another device than controls[0]");
     found.all.push_back({static_cast<core::Control*>(v.data), (v.numel - core::control_head) / core::control_row});
-    found.rows += found.all.back().rows;
   }
   return found;
-}
-
-int64_t word(const void* address) { return static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(address)); }
-
-int64_t word(double value) {
-  int64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-// Hands words to a launch: by value, or in device memory that `room` then owns.
-void hand_over(Queue& queue, const std::vector<int64_t>& words, cuda::Words& to, Handle& room) {
-  to = {};
-  to.n = static_cast<int64_t>(words.size());
-  if (to.n <= cuda::Words::few) {
-    std::copy(words.begin(), words.end(), to.here);
-    return;
-  }
-  room = queue.room(to.n);
-  void* const memory = Queue::memory(room);
-  queue.upload(words.data(), to.n, memory);
-  to.many = static_cast<const int64_t*>(memory);
 }
 
 // _control(Tensor(a!)[] controls, Tensor scale, int[] scaled, int[] clip_groups, float[] max_norms) -> ()
@@ -68,48 +39,26 @@ void hand_over(Queue& queue, const std::vector<int64_t>& words, cuda::Words& to,
 void settle_controls(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList controls(stack[0]);
   const Handle scale(to<AtenTensorHandle>(stack[1]));
-  const auto scaled = to<std::vector<int64_t>>(stack[2]), clip_groups = to<std::vector<int64_t>>(stack[3]);
-  const auto max_norms = to<std::vector<double>>(stack[4]);
   const Blocks found = blocks(controls, "_control");
   const Flat factor = read_flat(scale.get());
   STD_TORCH_CHECK(factor.format == Format::fp32 && factor.numel == 1 && factor.device == found.device,
                   "_control: scale must be one float32 on the device of the controls");
-  STD_TORCH_CHECK(scaled.size() == found.all.size(), "_control: scaled has ", scaled.size(), " entries, controls has ",
-                  found.all.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(clip_groups.size()) == found.rows, "_control: clip_groups has ",
-                  clip_groups.size(), " entries, expected ", found.rows);
-  const int64_t n_groups = static_cast<int64_t>(max_norms.size());
-  for (const int64_t group : clip_groups) {
-    STD_TORCH_CHECK(group >= -1 && group < n_groups, "_control: clip_groups has ", group, ", expected -1 to ",
-                    n_groups - 1);
-  }
-  // Addresses, rows, scaled, clip groups and limits one after the other, as cuda::Settle has them.
-  std::vector<int64_t> words;
-  for (const Block& block : found.all) words.push_back(word(block.head));
-  for (const Block& block : found.all) words.push_back(block.rows);
-  words.insert(words.end(), scaled.begin(), scaled.end());
-  words.insert(words.end(), clip_groups.begin(), clip_groups.end());
-  for (const double limit : max_norms) words.push_back(word(limit));
-  const auto n = static_cast<int64_t>(found.all.size());
+  const Between between{found.all, to<std::vector<int64_t>>(stack[2]), to<std::vector<int64_t>>(stack[3]),
+                        to<std::vector<double>>(stack[4]), static_cast<const float*>(factor.data)};
+  between.check("_control");
   if (!backend_of(found.device)) {
-    std::vector<double> room(2 * max_norms.size());
-    core::settle({n, n_groups, words.data(), words.data() + n, scaled.data(), clip_groups.data(), max_norms.data(),
-                  room.data()},
-                 static_cast<double>(*static_cast<const float*>(factor.data)));
+    const std::vector<int64_t> words = between.words();
+    const auto n = static_cast<int64_t>(found.all.size());
+    std::vector<double> room(2 * between.max_norms.size());
+    core::settle({n, static_cast<int64_t>(between.max_norms.size()), words.data(), words.data() + n,
+                  between.scaled.data(), between.clip_groups.data(), between.max_norms.data(), room.data()},
+                 static_cast<double>(*between.scale));
     return;
   }
   Queue queue(found.device);
   queue.run([&](void* stream) {
-    cuda::Settle job;
-    Handle memory;
-    const Handle room = queue.room(2 * n_groups);
-    hand_over(queue, words, job.words, memory);
-    job.scale = static_cast<const float*>(factor.data);
-    job.n_controls = n;
-    job.n_rows = found.rows;
-    job.n_groups = n_groups;
-    job.room = static_cast<double*>(Queue::memory(room));
-    queue.check(queue.backend().settle(job, stream), "_control");
+    const SettleArgument argument(queue, between);
+    queue.check(queue.backend().settle(argument.job, stream), "_control");
   });
 }
 
@@ -129,7 +78,7 @@ void update_scaler(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(found.all.empty() || flat.device == found.device,
                   "_scaler_update: state is on another device than controls[0]");
   std::vector<int64_t> addresses;
-  for (const Block& block : found.all) addresses.push_back(word(block.head));
+  for (const Between::Block& block : found.all) addresses.push_back(word(block.head));
   const auto n = static_cast<int64_t>(addresses.size());
   auto* const scaler = static_cast<core::Scaler*>(flat.data);
   if (!backend_of(flat.device)) return core::update(*scaler, policy, addresses.data(), n);

@@ -147,14 +147,21 @@ int64_t Table::run(const Controls& control, Mode mode) {
   }
   Queue queue(device_);
   const int64_t n_rows = (control.block.numel - core::control_head) / core::control_row;
+  const core::Scaler* const scaler = control.between.scaler;
+  STD_TORCH_CHECK(mode < Mode::write || !scaler || settled_.job.scaler == scaler, info_.name,
+                  "_: no pass 1 has found where this scaler moves");
+  if (mode == Mode::settle) settled_ = SettleArgument(queue, control.between);
+  const cuda::Settle then = mode == Mode::settle ? settled_.job : cuda::Settle{};
   run_on_device(queue, on_device_, items_,
                 {rule_, info_.n_sums > 0, shared_, storage_, static_cast<core::Control*>(control.block.data), n_rows,
-                 control.given},
-                mode == Mode::stats ? Launches::stats : Launches::update);
+                 control.given, &then, control.between.scaler, settled_.job.moved},
+                mode < Mode::write ? Launches::stats : Launches::update);
+  if (mode != Mode::settle) settled_.job.scaler = nullptr;  // what it has found holds for one step
   return applied;
 }
 
 int64_t Table::run_on_cpu(const View& control, Mode mode) {
+  STD_TORCH_CHECK(mode != Mode::settle, info_.name, "_: only launches settle a control block in pass 1");
   auto* const block = static_cast<core::Control*>(control.data);
   if (mode != Mode::stats && block->found_inf != 0.0) return skipped;
   const int64_t n = static_cast<int64_t>(segments_.size());
@@ -214,7 +221,7 @@ int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& ro
       if (staging_[k]) return k;
     }
   }
-  if (mode == Mode::stats) fitted_ = pairs;
+  if (mode == Mode::stats || mode == Mode::settle) fitted_ = pairs;
   return mode == Mode::fit ? applied : run(control, mode);
 }
 

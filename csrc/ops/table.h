@@ -10,6 +10,7 @@
 #include "core/segment.h"
 #include "cpu/table.h"
 #include "ops/device.h"
+#include "ops/settle.h"
 #include "ops/tensor.h"
 
 namespace pytrain::ops {
@@ -53,15 +54,16 @@ View control_view(AtenTensorHandle control, const char* op);
 struct Controls {
   View block;
   Given given;
+  Between between;  // for Mode::settle; in pass 2 only the scaler that is to move as that has found
 };
 
 class Table {
  public:
   static constexpr int64_t applied = -1;
   static constexpr int64_t skipped = -2;
-  // Check the tensors; also take the gradients' statistics, into the control block; or step; or step what the last
-  // call, one for statistics, has checked.
-  enum class Mode : int { fit, stats, write, write_fitted };
+  // Check the tensors; also take the gradients' statistics, into the control block; and settle that in the same launch;
+  // or step; or step what the last call, one for statistics, has checked.
+  enum class Mode : int { fit, stats, settle, write, write_fitted };
 
   Table(int rule, const RuleInfo& info, const core::Storage& storage, int64_t device, Kept kept);
 
@@ -138,6 +140,7 @@ class Table {
   bool shared_ = false;
   DeviceTable on_device_;
   std::vector<cuda::Item> items_;
+  SettleArgument settled_;  // of the last pass 1 that settled: pass 2 reads from there where the loss scale moves
   const Pair* fitted_ = nullptr;  // what the last call has checked, if it was one for statistics
 };
 

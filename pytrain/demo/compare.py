@@ -263,7 +263,7 @@ def watch_step(optimizer: FusedOptimizer, run: Run) -> None:
         started = perf_counter()
         return measure(*args)
 
-    def second_pass(**options: bool) -> None:
+    def second_pass(**options: Any) -> None:
         finish(**options)
         run.after_seconds.append(perf_counter() - started)
 

@@ -23,6 +23,8 @@ from pytrain.optim.plan import (
     SUMSQ,
     WRITE,
     WRITE_FITTED,
+    Between,
+    Moving,
     Settled,
     settle,
 )
@@ -81,6 +83,7 @@ class FusedOptimizer(Optimizer):
     steps_in_state: ClassVar[bool] = False  # does state hold a "step" tensor a parameter, as torch's class does?
     takes_sparse: ClassVar[bool] = False  # does torch's class take sparse gradients?
     takes_control: ClassVar[bool] = True  # does its own loop unscale, clip and average, as `pytrain.step` asks it to?
+    settles: bool = False  # has the last `measure` settled the control block too?
     implementation_keys: ClassVar[tuple[str, ...]] = ()  # group keys that choose how, not what, to compute
 
     def __init_subclass__(cls) -> None:
@@ -256,8 +259,19 @@ class FusedOptimizer(Optimizer):
         if code == SKIPPED:
             self._zero_kept()
 
-    def measure(self, grad_coef: float, clip_value: float, averages: dict[int, Tensor], ema_weight: float) -> Tensor:
+    def measure(
+        self,
+        grad_coef: float,
+        clip_value: float,
+        averages: dict[int, Tensor],
+        ema_weight: float,
+        between: Between | None = None,
+    ) -> Tensor:
         """Pass 1 of `pytrain.step`: fill in and return the control block; the next `step()` is pass 2 by it.
+
+        Args:
+            between: what settles the control block, where nothing has to come before that: then pass 1 may do it, and
+                `settles` says whether it did.
 
         Raises:
             UnfitError: a gradient or a state does not fit its parameter.
@@ -269,26 +283,28 @@ class FusedOptimizer(Optimizer):
         settled, code = self._settled, 0
         if settled is not None and settled.is_current(self):
             settled.begin(grad_coef, clip_value, ema_weight)
-            code = settled.stats(False) if settled.gather(self) else 0
+            code = settled.stats(False, between) if settled.gather(self) else 0
         if settled is None or code >= 0:
             self._settled = None
             settled = settle(self)
             try:
                 settled.begin(grad_coef, clip_value, ema_weight)
                 settled.gather(self)
-                settled.stats(True)
+                settled.stats(True, between)
             except BaseException:
                 settled.forget(self)
                 raise
             self._settled = settled
         self._measured = settled
+        self.settles = settled.settled
         return settled.control
 
-    def finish(self, *, alone: bool) -> None:
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> None:
         """Pass 2 of `pytrain.step`: as `step()` after a `measure`.
 
         Args:
             alone: nothing has run since `measure` that could have moved a tensor.
+            scaler: what may move in the same launch; its `moved` says whether it has.
         """
         patched = self.__dict__.get("step")
         if patched is not None and hasattr(patched, "_wrapped_by_lr_sched"):
@@ -296,13 +312,13 @@ class FusedOptimizer(Optimizer):
         if patched is not None or self._hooked():
             self.step()
         else:
-            self._write(WRITE_FITTED if alone else WRITE)
+            self._write(WRITE_FITTED if alone else WRITE, scaler)
 
     def _hooked(self) -> bool:
         mine = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         return bool(mine or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
-    def _write(self, mode: int) -> None:
+    def _write(self, mode: int, scaler: Moving | None = None) -> None:
         settled, self._measured = self._measured, None
         assert settled is not None
         if mode == WRITE and self._hooked():  # hooks may have changed the gradients
@@ -311,7 +327,7 @@ class FusedOptimizer(Optimizer):
             found = sums.clone()
             settled.stats(True)  # for inf and nan; norms stay those that were clipped by
             sums.copy_(found)
-        code = settled.write(self, True, mode)
+        code = settled.write(self, True, mode, scaler)
         self._skipped = settled.control if settled.remote and not settled.merges else False
         if code == SKIPPED:
             self._forget_first(settled)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pytrain.optim.states import (
     lay_out,
     make_all,
     needed,
+    one_number,
 )
 from pytrain.optim.storage import CODES, FORMAT_OF, FORMATS, KEEPS, SCALE
 
@@ -39,9 +40,19 @@ GRAD_SIGN, EMA_WEIGHT, CLIP_COEF, SUMSQ, CONTROL_HYPERS = range(5)
 CONTROL_ROW = 18
 EMAS = ("", "own", "lent")  # numbered as _table in csrc/ops/optim.cpp does
 MAX_STATES = 4  # csrc/core/segment.h
-FIT, STATS, WRITE, WRITE_FITTED = 0, 1, 2, 3  # what a call of the kernels is to do: Table::Mode in csrc/ops/table.h
-NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")  # instead of numbers that only the device has
+FIT, STATS, SETTLE, WRITE, WRITE_FITTED = range(5)  # what a call of the kernels does: Table::Mode in csrc/ops/table.h
+ABSENT = torch.empty(0, dtype=torch.float64, device="cpu")  # instead of numbers that only the device has
 APPLIED, SKIPPED = -1, -2  # what it says; a number from 0 on is the first parameter that does not fit
+
+
+class Moving(Protocol):
+    """A loss scaler whose state a step may move: `pytrain.amp.LossScaler`."""
+
+    current: Tensor
+    moved: bool
+
+    def lend(self, between: Between) -> Besides:
+        """What pass 1 needs to settle, and to find where the state moves if it does and hangs on that step alone."""
 
 
 @dataclass
@@ -104,14 +115,12 @@ class Plan:
             self.address = self.pairs.data_ptr()
 
 
-@dataclass(frozen=True)
-class Slow:
-    """A parameter on the torch path, and why."""
-
-    entry: Entry
-    reason: str
-
-
+# What follows from pass 1: the loss scaler (None: nothing has scaled), whether that moves next, and `Clip`'s groups and
+# norms. And what a call of the kernels is told where the whole step is one plan on a device that launches: with SETTLE
+# the loss scale, or a scaler's state that is to move, groups, norms, that scaler's policy; in pass 2 the state alone.
+Between = tuple["Moving | None", bool, list[int], list[float]]
+Besides = tuple[Tensor | None, list[int], list[float], Sequence[float]]
+NOTHING: tuple[()] = ()
 Work = tuple[Plan, list[Tensor], list[Tensor], list[int]]  # a plan, and its params, grads and rows in this step
 
 
@@ -122,7 +131,7 @@ class Settled:
         self,
         optimizer: FusedOptimizer,
         plans: list[Plan],
-        slow: list[Slow],
+        slow: list[slow.Slow],
         waiting: list[Tensor],
         fresh: list[Tensor],
     ) -> None:
@@ -150,6 +159,10 @@ class Settled:
         # Does the host need to know each number itself, for the torch path or the CPU's kernels?
         self.reads = bool(slow) or len(self.remote) < len(devices)
         self.placed: list[tuple[int, Tensor]] = []  # numbers that only a device knows, and their places in the block
+        # Where one launch a pass may be all of a step, and whether pass 1 has settled the control block in its own.
+        self.home = next(iter(devices)) if len(devices) == 1 and not slow and backend.launches(*devices) else None
+        self.settled = False
+        self.moving: Tensor | None = None  # the scaler's state, where pass 1 has found where that is to move
         self.control = self.given if self.merges or not self.remote else next(iter(self.remote.values()))
         self.rows = self.block[CONTROL_HEAD:].reshape(len(groups), CONTROL_ROW)
         self.own_weight = 0.0 if optimizer.storage.ema_decay is None else 1.0 - optimizer.storage.ema_decay
@@ -184,7 +197,7 @@ class Settled:
             numbers = []
             for k, value in enumerate(optimizer.hyper(group)):
                 if isinstance(value, Tensor) and not self.reads and backend.is_remote(value.device):
-                    placed.append((row + k, _one_number(value, optimizer, i, self.rules[i].hypers[k])))
+                    placed.append((row + k, one_number(value, optimizer, i, self.rules[i].hypers[k])))
                     value = 0.0  # until the device has its own
                 numbers.append(float(value))
             hyper = (-1.0 if group["maximize"] else 1.0, *numbers)
@@ -273,13 +286,27 @@ class Settled:
             if found_inf is not None:
                 block[FOUND_INF] += _beside(block, found_inf)
 
-    def stats(self, last_try: bool) -> int:
-        """Pass 1, over gathered gradients: into the control block; APPLIED, SKIPPED or a number as `run` gives it."""
-        misfit = False
+    def stats(self, last_try: bool, between: Between | None = None) -> int:
+        """Pass 1, over gathered gradients: into the control block; APPLIED, SKIPPED or a number as `run` gives it.
+
+        Args:
+            between: what may follow from it in the same launch; see `settled`.
+        """
+        misfit = self.settled = False
+        mode: int = STATS
+        besides: Besides | tuple[()] = NOTHING
+        if between is not None and self.home is not None and self.work and self.work[0] is self.work[-1]:
+            scaler, _, groups, norms = between
+            if scaler is None:
+                mode, besides = SETTLE, (None, groups, norms, NOTHING)
+            elif scaler.current.device == self.home:
+                mode, besides = SETTLE, scaler.lend(between)
         for one in self.work:
-            misfit |= self.call(one, last_try, STATS) >= 0
+            misfit |= self.call(one, last_try, mode, besides) >= 0
         if misfit:
             return 0
+        self.settled = mode == SETTLE
+        self.moving = besides[0] if besides and besides[3] else None
         if self.remote:
             self.read_remote()
         for other in self.slow:
@@ -307,16 +334,25 @@ class Settled:
             self.rows[:, SUMSQ] += found[CONTROL_HEAD:].reshape(self.rows.shape)[:, SUMSQ]
         self.merged = True
 
-    def write(self, optimizer: FusedOptimizer, last_try: bool, mode: int = WRITE) -> int:
-        """Pass 2, over gathered gradients, as the control block says; lets go of them."""
+    def write(self, optimizer: FusedOptimizer, last_try: bool, mode: int = WRITE, scaler: Moving | None = None) -> int:
+        """Pass 2, over gathered gradients, as the control block says; lets go of them.
+
+        Args:
+            scaler: what moves in the same launch, where pass 1 has settled the control block.
+        """
         if self.block[FOUND_INF]:
             self.work = []
             return SKIPPED
         if self.merged:
             self.upload(self.remote)
+        besides: Besides | tuple[()] = NOTHING
+        if scaler is not None and self.settled and self.moving is not None:
+            besides = (self.moving, [], [], NOTHING)
         for one in self.work:
-            if self.call(one, last_try, mode) >= 0:
+            if self.call(one, last_try, mode, besides) >= 0:
                 return 0
+        if besides and scaler is not None:
+            scaler.moved = True
         head = self.block
         for other in self.slow:
             entry, row = other.entry, self.rows[other.entry.group]
@@ -342,39 +378,41 @@ class Settled:
         if ids is not self.averaged and ids != self.averaged:
             self.averaged = ids
 
-    def call(self, work: Work, last_try: bool, mode: int) -> int:
+    def call(self, work: Work, last_try: bool, mode: int, besides: Besides | tuple[()] = NOTHING) -> int:
         """Call the kernels over one plan."""
         plan, params, grads, rows = work
         code = 0
         if plan.pairs is not None:
-            op = torch.ops.pytrain._table_step_pairs.default
+            ops = torch.ops.pytrain
+            op = ops._table_launch_pairs.default if besides else ops._table_step_pairs.default
             control = self.remote.get(plan.device, self.given) if self.remote else self.given
             fresh = bool(self.unbegun) and plan.device in self.unbegun
-            given = NOTHING if self.placed else self.given
-            code = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode)
+            given = ABSENT if self.placed else self.given
+            code = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode, *besides)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
-            code = self.call_with_lists(work, last_try, mode)
-        if self.unbegun and mode == STATS and code < 0:
+            code = self.call_with_lists(work, last_try, mode, besides)
+        if self.unbegun and mode in (STATS, SETTLE) and code < 0:
             self.unbegun.discard(plan.device)
         if code == APPLIED and mode >= WRITE:
             torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)
         return code
 
     @torch.no_grad()
-    def call_with_lists(self, work: Work, last_try: bool, mode: int) -> int:
+    def call_with_lists(self, work: Work, last_try: bool, mode: int, besides: Besides | tuple[()] = NOTHING) -> int:
         """The same by lists of tensors: slower, but it copies what lies unlike its parameter, and explains a misfit."""
         plan, params, grads, rows = work
-        op = torch.ops.pytrain._table_step.default
+        ops = torch.ops.pytrain
+        op = ops._table_launch.default if besides else ops._table_step.default
         mode = min(mode, WRITE)
         control, fresh = self.remote.get(plan.device, self.given), plan.device in self.unbegun
-        given = NOTHING if self.placed else self.given
-        code: int = op(plan.table, params, grads, rows, control, given, fresh, mode, False)
+        given = ABSENT if self.placed else self.given
+        code: int = op(plan.table, params, grads, rows, control, given, fresh, mode, False, *besides)
         if code >= 0 and last_try:
             where = plan.entries[rows[code] if rows else code].where
             try:
-                op(plan.table, params, grads, rows, control, given, fresh, mode, True)
+                op(plan.table, params, grads, rows, control, given, fresh, mode, True, *besides)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0].partition(f"{plan.rule.name}_: ")[2]
                 raise UnfitError(f"{where}: {reason}") from None
@@ -390,7 +428,7 @@ def settle(optimizer: FusedOptimizer) -> Settled:
         UnfitError: a state has a shape or a device unlike its parameter's.
     """
     plans: dict[tuple[str, torch.dtype, torch.device, Formats], Plan] = {}
-    slow_ones: list[Slow] = []
+    slow_ones: list[slow.Slow] = []
     waiting: list[Tensor] = []
     fresh: list[Tensor] = []
     listed: set[int] = set()
@@ -414,12 +452,12 @@ def settle(optimizer: FusedOptimizer) -> Settled:
                 waiting.append(param)
                 continue
             check_states(state, param, rule, where)
-            reason = _why_slow(param, group)
+            reason = backend.why_slow(param, group)
             if reason:
                 optimizer.warn_once(reason)
             if reason is not None:
                 slow.check_disjoint(param, where)
-                slow_ones.append(Slow(entry, reason or backend.select(param, fused=False).reason))
+                slow_ones.append(slow.Slow(entry, reason or backend.select(param, fused=False).reason))
                 continue
             if not state:
                 fresh.append(param)
@@ -443,29 +481,6 @@ def settle(optimizer: FusedOptimizer) -> Settled:
     for entry in entries:
         lay_out(optimizer, entry, seen)
     return Settled(optimizer, list(plans.values()), slow_ones, waiting, fresh)
-
-
-def _why_slow(param: Tensor, group: dict[str, object]) -> str | None:
-    """None for the kernels; "" for the torch path because it was asked for; else the reason for the torch path."""
-    fused = group.get("fused")
-    choice = backend.select(param, fused=None if fused is None else bool(fused))
-    if choice.backend == "torch":
-        return "" if choice.reason in backend.ASKED_FOR else choice.reason
-    grad = param.grad
-    if grad is not None and grad.layout != torch.strided:
-        if backend.wanted() == "native" or fused:
-            raise backend.BackendError(f"the kernels do not take gradients of layout {grad.layout}; leave fused unset")
-        return f"there are no kernels for gradients of layout {grad.layout}"
-    return None
-
-
-def _one_number(value: Tensor, optimizer: FusedOptimizer, group: int, name: str) -> Tensor:
-    if value.numel() == 1 and not value.is_complex():
-        return value.detach().view(())
-    raise ValueError(
-        f"{type(optimizer).__name__}: param_groups[{group}]: {name}: expected one real element, got a tensor of "
-        f"shape {tuple(value.shape)} and {value.dtype}"
-    )
 
 
 def _beside(block: Tensor, value: Tensor) -> Tensor:

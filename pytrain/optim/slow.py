@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Slow:
+    """A parameter on the torch path, and why."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(frozen=True)
 class Asked:
     """What a step is asked to do with a parameter's gradient and average."""
 

@@ -245,6 +245,16 @@ def lay_out(optimizer: FusedOptimizer, entry: Entry, seen: set[int]) -> None:
         state[name] = lay_out_number(state[name], seen, backend.home_of_numbers(param))
 
 
+def one_number(value: Tensor, optimizer: FusedOptimizer, group: int, name: str) -> Tensor:
+    """A hyperparameter that is a tensor, as one without dimensions."""
+    if value.numel() == 1 and not value.is_complex():
+        return value.detach().view(())
+    raise ValueError(
+        f"{type(optimizer).__name__}: param_groups[{group}]: {name}: expected one real element, got a tensor of "
+        f"shape {tuple(value.shape)} and {value.dtype}"
+    )
+
+
 def lay_out_number(value: Tensor | float, seen: set[int], device: torch.device = CPU) -> Tensor:
     """A count or scalar as one float32 on its device, whatever a checkpoint holds; no two parameters share one."""
     good = isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == device and value.numel() == 1

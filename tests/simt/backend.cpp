@@ -37,6 +37,10 @@ const char* with_job(const Any& job, int64_t width, void* stream) {
   return run([=] { return launch(job, width, stream); });
 }
 
+const char* stats(const Job& job, const Settle& then, int64_t width, void* stream) {
+  return run([=] { return launch_stats(job, then, width, stream); });
+}
+
 const char* upload(const Piece& piece, void* to, void* stream) {
   return run([=] { return launch_upload(piece, to, stream); });
 }
@@ -51,7 +55,7 @@ const Backend table{bytes_of_build,
                     multiprocessors,
                     capture,
                     step,
-                    with_job<Job, launch_stats>,
+                    stats,
                     with_job<Job, launch_average>,
                     with_job<Copies, launch_copy>,
                     upload,

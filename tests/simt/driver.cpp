@@ -41,7 +41,7 @@ struct Stats {
       for (int64_t g = 0; g < world.groups(); ++g) world.row(g).sumsq = 3.0;
       world.head().first_bad = 9.0;
       world.settings(shape.groups <= cuda::Settings::max_rows, fresh);
-      must(backend().stats(world.job, 3, nullptr));
+      must(backend().stats(world.job, {}, 3, nullptr));
       const std::string what = std::string("statistics in ") + kind.name + ", " + orders[o].name;
       checks.check(world.same_memory(before), (what + ": memory").c_str());
       std::vector<double> found = {world.head().found_inf, world.head().first_bad};
@@ -251,6 +251,108 @@ void check_control() {
   }
 }
 
+// A whole step of one table: pass 1 that settles and pass 2 that moves the scale, against launches of their own.
+struct Folded {
+  const Kind& kind;
+  Shape shape;
+  int rule;
+  double bad;     // of one gradient; 0: none
+  bool scaled, by_value;
+
+  struct Step {
+    World world;
+    Arena memory{1 << 16, false};
+    Scaler* scaler;
+    cuda::Settle settle{};
+
+    Step(const RuleUnderTest& rule, const Storage& storage, const Folded& of) : world(rule, storage, of.shape) {
+      if (of.bad != 0.0) put(of.kind.param, world.segments[1].grad, 5, of.bad);
+      scaler = static_cast<Scaler*>(memory.take(sizeof(Scaler)));
+      *scaler = {1024.0f, 0.0f, 1.0f, 0.0f, -1.0f, -1.0f};
+      world.settings(true, true);
+      const int64_t n = world.groups(), n_groups = 2;
+      std::vector<int64_t> words = {static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(world.job.control)), n,
+                                    of.scaled};
+      for (int64_t g = 0; g < n; ++g) words.push_back(g % 3 - 1);
+      for (const double norm : {0.25, 100.0}) {
+        int64_t bits;
+        std::memcpy(&bits, &norm, sizeof bits);
+        words.push_back(bits);
+      }
+      settle.words.n = static_cast<int64_t>(words.size());
+      void* const many = memory.take(words.size() * sizeof(int64_t));
+      std::memcpy(many, words.data(), words.size() * sizeof(int64_t));
+      if (!of.by_value) settle.words.many = static_cast<const int64_t*>(many);
+      if (of.by_value) std::copy(words.begin(), words.end(), settle.words.here);
+      settle.scale = of.scaled ? &scaler->scale : nullptr;
+      settle.n_controls = 1;
+      settle.n_rows = n;
+      settle.n_groups = n_groups;
+      settle.room = static_cast<double*>(memory.take(2 * n_groups * sizeof(double)));
+      settle.moved = static_cast<Scaler*>(memory.take(sizeof(Scaler)));
+    }
+  };
+
+  void check(const RuleUnderTest& of_rule) const {
+    const Policy policy{2.0, 0.5, 1.0, 1.0, 1.0, 65536.0, 0.0, 0.0};
+    const Storage storage = storage_of(kind, of_rule);
+    const cuda::Class type = class_of(storage);
+    for (int o = 0; o < n_orders; ++o) {
+      pytrain_simt_order(orders[o].order, orders[o].seed);
+      Step one(of_rule, storage, *this), apart(of_rule, storage, *this);
+      one.settle.scaler = one.scaler;
+      one.settle.policy = policy;
+      const Scaler before = *one.scaler;
+      must(backend().stats(one.world.job, one.settle, 3, nullptr));
+      checks.check(!std::memcmp(one.scaler, &before, sizeof before), "pass 1 leaves the scale");
+      must(backend().stats(apart.world.job, {}, 3, nullptr));
+      must(backend().settle(apart.settle, nullptr));
+      const std::string what = std::string("a whole step in ") + kind.name + ", " + orders[o].name;
+      checks.check(one.world.same_numbers(apart.world), (what + ": settled").c_str(), bad);
+      for (Step* step : {&one, &apart}) step->world.settings(true, false);
+      one.world.job.scaler = one.scaler;
+      one.world.job.moved = one.settle.moved;
+      for (Step* step : {&one, &apart}) {
+        if (of_rule.n_sums) must(backend().step(type, rule, true, step->world.job, 3, nullptr));
+        must(backend().step(type, rule, false, step->world.job, 3, nullptr));
+      }
+      cuda::ScalerUpdate update{};
+      update.words.n = 1;
+      update.words.here[0] = apart.settle.words.many ? apart.settle.words.many[0] : apart.settle.words.here[0];
+      update.state = apart.scaler;
+      update.policy = policy;
+      update.n_controls = 1;
+      must(backend().update_scaler(update, nullptr));
+      checks.check(one.world.same_memory(apart.world) && one.world.same_numbers(apart.world), what.c_str(), bad);
+      checks.check(!std::memcmp(one.scaler, apart.scaler, sizeof(Scaler)), (what + ": scaler").c_str(), bad);
+      checks.check(one.scaler->scale == (bad == 0.0 ? 2048.0f : 512.0f), (what + ": scale").c_str(), bad);
+      checks.check(one.world.head().found_inf == (bad == 0.0 ? 0.0 : 1.0), (what + ": skipped").c_str(), bad);
+    }
+  }
+};
+
+template <class Rule>
+void check_folded(int rule) {
+  const RuleUnderTest of_rule = rule_under_test<Rule>(rule);
+  for (const Kind* kind : {&kinds[0], &kinds[1], &kinds[2]}) {
+    if (!wanted(storage_of(*kind, of_rule))) continue;
+    for (const double bad : {0.0, HUGE_VAL}) {
+      Folded{*kind, {{300, 5000, 0, 9000}, 0, 5}, rule, bad, true, false}.check(of_rule);
+      Folded{*kind, {{7, 9, 4097}, 0, 2}, rule, bad, bad == 0.0, true}.check(of_rule);
+    }
+  }
+}
+
+template <class... Rules>
+void check_all_folded(rules::List<Rules...>) {
+  int rule = 0;
+  const auto one = [&](auto* of, int number) {
+    using Rule = std::remove_pointer_t<decltype(of)>;
+    if (std::is_same_v<Rule, rules::AdamW> || rules::sum_count<Rule>() > 0 || !few) check_folded<Rule>(number);
+  };
+  (one(static_cast<Rules*>(nullptr), rule++), ...);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -276,6 +378,7 @@ int main(int argc, char** argv) {
   if (wanted("stats")) check_averages();
   if (wanted("stats")) check_stats();
   if (wanted("copy")) check_copies();
+  check_all_folded(rules::All{});
   check_rules(rules::All{});
   if (simt::watching) checks.check(simt::conflicts() == 0, "no races", static_cast<double>(simt::conflicts()));
   return checks.finish();

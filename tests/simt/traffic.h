@@ -72,7 +72,7 @@ struct Meter {
     World world(rule, storage_of(kinds[4], rule), {{n}, 0, 1});
     row("adamw in fp32, averaged, gradients zeroed, with pass 1", n, 0.0, [&] {
       world.settings(true, true);
-      must(backend().stats(world.job, 2, nullptr));
+      must(backend().stats(world.job, {}, 2, nullptr));
       world.settings(true, false);
       must(backend().step(cuda::Class::fp32, rule.index, false, world.job, 2, nullptr));
     });
@@ -87,7 +87,7 @@ struct Meter {
       world.job.weight = 0.25;
       const double one = static_cast<double>(bytes(kind.param)), wide = kind.param == Format::fp64 ? 8.0 : 4.0;
       if (!wanted("stats")) continue;
-      row(std::string("pass 1 in ") + kind.name, n, one, [&] { must(backend().stats(world.job, 2, nullptr)); });
+      row(std::string("pass 1 in ") + kind.name, n, one, [&] { must(backend().stats(world.job, {}, 2, nullptr)); });
       row(std::string("averages of ") + kind.name, n, one + 2.0 * wide,
           [&] { must(backend().average(world.job, 2, nullptr)); });
     }
