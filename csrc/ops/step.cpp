@@ -135,7 +135,7 @@ void average(StableIValue* stack, uint64_t, uint64_t) {
     const View a = view(averages[i], true), p = view(params[i], false);
     const Format wide = p.format == Format::fp64 ? Format::fp64 : Format::fp32;
     if (i == 0) device = a.device;
-    const bool here = a.usable && p.usable && a.device == device && p.device == device;
+    const bool here = a.usable && p.usable && a.device == device && p.device == device && has_kernels(device);
     const bool fits = here && a.format == wide && same_sizes(a, p) && dense(a) &&
                       ((a.contiguous && p.contiguous) || same_strides(a, p));
     if (!fits) {
