@@ -206,6 +206,14 @@ FAULTS = (
         "  each_turn(job, true, *turn, [&]",
         "  if (threadIdx.x == 255) return;\n  each_turn(job, true, *turn, [&]",
     ),
+    Fault(
+        "another thread settles than has written",
+        "stats.cu",
+        "if (threadIdx.x != 0 || !then.n_controls) return;",
+        "if (threadIdx.x != 64 || !then.n_controls) return;",
+        "stats",
+        ("fp32",),
+    ),
     # ---- the last block --------------------------------------------------------------------------------------------
     stats("no fence before the ticket", "block.h", "  __threadfence();\n" + BARRIER + DRAW, BARRIER + DRAW),
     stats(
@@ -228,6 +236,13 @@ FAULTS = (
         "step.h",
         "if (is_last_block(job.ticket, drawn)) advance",
         "if (is_last_block(job.ticket, drawn) | true && blockIdx.x == 0) advance",
+    ),
+    direct("every block moves the scale", "step.h", "if (blockIdx.x != 0 || threadIdx.x >= n", "if (threadIdx.x >= n"),
+    direct(
+        "a skipped step leaves the scale",
+        "step.h",
+        "  move_scale(job);\n  if (is_skipped(job)) return forget_gradients(job);\n",
+        "  if (is_skipped(job)) return forget_gradients(job);\n  move_scale(job);\n",
     ),
     direct(
         "every block advances the counts",
