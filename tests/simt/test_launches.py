@@ -240,3 +240,39 @@ def test_a_scale_that_autograd_has_saved_is_seen_to_have_moved() -> None:
     version = scaler.current._version
     pytrain.step(optimizer, scaler)
     assert scaler.current._version > version
+
+
+@here
+def test_what_a_launch_cannot_do_besides_is_an_error_before_anything_is_written() -> None:
+    optimizer, scaler = AdamW(problem()), LossScaler(init_scale=4.0)
+    for _ in range(2):
+        pytrain.step(optimizer, scaler)
+    settled: Any = optimizer._settled
+    settled.begin(1.0)
+    settled.gather(optimizer)
+    plan, _, grads, rows = settled.work[0]
+    control = settled.control
+    before, state = [x.clone() for x in everything(optimizer)], scaler._state
+    ops, policy = torch.ops.pytrain, list(scaler.rules)
+
+    def call(mode: int, beside: Tensor | None, groups: list[int], numbers: list[float]) -> None:
+        common = (plan.table, plan.pairs, len(grads), rows, control, settled.given, True, mode)
+        ops._table_launch_pairs(*common, beside, groups, [1.0], numbers)
+
+    with pytest.raises(RuntimeError, match="mode is 2, which _table_launch has"):
+        ops._table_step_pairs(plan.table, plan.pairs, len(grads), rows, control, settled.given, True, 2)
+    with pytest.raises(RuntimeError, match="beside must be .* of 1 elements on the device of control, has 6"):
+        call(2, state, [0], [])
+    with pytest.raises(RuntimeError, match="beside must be .* of 6 elements on the device of control, has 1"):
+        call(2, scaler.current, [0], policy)
+    with pytest.raises(RuntimeError, match="policy has 3 entries, expected 8"):
+        call(2, state, [0], policy[:3])
+    with pytest.raises(RuntimeError, match="clip_groups has 2 entries, expected 1"):
+        call(2, state, [0, 0], policy)
+    with pytest.raises(RuntimeError, match="clip_groups has 1, expected -1 to 0"):
+        call(2, state, [1], policy)
+    with pytest.raises(RuntimeError, match="beside is missing"):
+        call(3, None, [], [])
+    with pytest.raises(RuntimeError, match="no pass 1 has found where this scaler moves"):
+        call(3, state, [], [])
+    assert same(before, everything(optimizer)) and scaler.get_scale() == 4.0
