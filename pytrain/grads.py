@@ -397,7 +397,9 @@ class GradBuckets:
         if self._inside:
             raise RuntimeError("finish: leave the accumulate() context first")
         if all(bucket.state is BucketState.REDUCED for bucket in self.buckets):
-            raise RuntimeError("finish: there was no backward since the last finish()")
+            if self.unused == "error":
+                raise RuntimeError("finish: there was no backward since the last finish()")
+            self._reset()  # this rank has nothing to add to what the others have
         self._check_unfrozen()
         missing = []
         for bucket in self.buckets:
@@ -422,7 +424,7 @@ class GradBuckets:
             if bucket.work is not None:
                 bucket.work.wait()
             bucket.work, bucket.state = None, BucketState.REDUCED
-        if self._seen:
+        if self._seen is not None:  # also where it is empty: all ranks do the same
             rest = set(range(len(self.trained))) - set(self._seen)
             self._observed, self._seen = [*self._seen, *sorted(rest, reverse=True)], None
 

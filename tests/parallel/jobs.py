@@ -113,12 +113,27 @@ def branches(group: Group, unused: str, used_on: list[list[int]], strategy: str 
     net = nn.ParameterList(params)
     optimizer = optim.SGD(params, lr=1.0, weight_decay=0.5)
     ranks = getattr(parallel, strategy)(net, optimizer, group=group, unused=unused)
-    torch.stack([params[i].sum() for i in used_on[dist.get_rank(group)]]).sum().backward()
     try:
+        if used_on[dist.get_rank(group)]:
+            torch.stack([params[i].sum() for i in used_on[dist.get_rank(group)]]).sum().backward()
         ranks.step()
     except RuntimeError as error:
         return str(error)
     return [p[0].item() for p in params]
+
+
+def idle(group: Group, unused: str, strategy: str) -> Any:
+    """Steps in which one rank after the other has nothing to add."""
+    p = Parameter(torch.zeros(4, dtype=torch.float64))
+    net = nn.ParameterList([p])
+    optimizer = optim.SGD([p], lr=1.0)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group, unused=unused)
+    for step in range(4):
+        if step % 2 == dist.get_rank(group):
+            (3.0 * p.sum()).backward()
+        ranks.step(weight=float(step % 2 == dist.get_rank(group)))
+        optimizer.zero_grad()
+    return p.tolist()
 
 
 def stop_on(group: Group, stopping: list[int]) -> Any:

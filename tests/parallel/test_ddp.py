@@ -79,6 +79,13 @@ def test_a_parameter_that_one_rank_has_not_used(pool: Pool) -> None:
 )
 def test_a_parameter_that_nobody_has_used(pool: Pool, unused: str, expected: list[float]) -> None:
     assert pool.run(2, jobs.branches, unused, [[0, 1], [1]]) == [expected] * 2
+    assert pool.run(2, jobs.branches, unused, [[], [0]])[0][1:] == ([0.5, 0.5] if unused == "zero" else [1.0, 1.0])
+
+
+@pytest.mark.parametrize("strategy", ["DDP", "Zero1", "Zero2"])
+@pytest.mark.parametrize("unused", ["zero", "agree"])
+def test_a_rank_without_data_takes_part(pool: Pool, unused: str, strategy: str) -> None:
+    assert pool.run(2, jobs.idle, unused, strategy) == [[-12.0] * 4] * 2
 
 
 def test_one_rank_stops_all(pool: Pool) -> None:
