@@ -25,6 +25,8 @@
 #include "cpu/adafactor.h"
 #include "cpu/tiles.h"
 
+#include "cpu/ahead.h"
+
 #include "cpu/storage.h"
 
 #include "cpu/stats.h"

@@ -65,10 +65,7 @@ double block_stats(Format format, const void* grad, int64_t first, int64_t n) {
 
 void stats(const Job& job, int64_t begin, int64_t end) {
   walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
-    if (i + 1 < job.n_segments) {
-      const Segment& next = job.segments[i + 1];
-      call_ahead(next.grad, next.numel * pytrain::core::bytes(job.storage.param));
-    }
+    call_next_grad(job, i);
     double* partial = job.partials + job.partial_offsets[i] + first / block;
     for (const int64_t last = first + n; first < last; first += block, ++partial) {
       const int64_t m = last - first < block ? last - first : block;

@@ -1,5 +1,5 @@
 // The walk over segments and their storage formats on the CPU, the same for all rules: a tile that fits the smallest L1
-// is decoded to fp32, goes through the rule, and is encoded. Included once an instruction set, after tiles.h.
+// is decoded to fp32, goes through the rule, and is encoded. Included once an instruction set, after ahead.h.
 #pragma once
 
 namespace pytrain::PT_ISA::cpu {
@@ -379,32 +379,10 @@ Part part_of(const Job& job, int64_t i) {
           job.storage.ema_by_count && segment.step <= 1.0 ? 1.0 : row.ema_weight};
 }
 
-// How far the hardware is helped into a tensor: it follows a stream once it has seen a few lines of it.
-constexpr int64_t ahead_bytes = 1024;
-constexpr int64_t line_bytes = 64;
-
-inline void call_ahead(const void* memory, int64_t bytes) {
-  const char* const at = static_cast<const char*>(memory);
-  if (bytes > ahead_bytes) bytes = ahead_bytes;
-  for (int64_t b = 0; b < bytes; b += line_bytes) __builtin_prefetch(at + b);
-}
-
-// Calls the beginnings of what a step will read of a segment into the caches.
-void call_ahead(const Job& job, int64_t i) {
-  if (i >= job.n_segments) return;
-  const Segment& segment = job.segments[i];
-  call_ahead(segment.param, segment.numel * pytrain::core::bytes(job.storage.param));
-  call_ahead(segment.grad, segment.numel * pytrain::core::bytes(job.storage.param));
-  for (int s = 0; s < job.rule->states; ++s) {
-    call_ahead(segment.states[s], segment.numel * pytrain::core::bytes(job.storage.states[s]));
-  }
-  if (job.storage.ema) call_ahead(job.extras[i].ema, segment.numel * static_cast<int64_t>(sizeof(float)));
-}
-
 void step(const Job& job, int64_t begin, int64_t end) {
   Prepared rule;
   walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
-    call_ahead(job, i + 1);
+    call_next(job, i);
     rule.be_for(job, i);
     if (job.rule->sums) job.rule->settle(rule.memory, job.extras[i].sums, static_cast<double>(job.segments[i].numel));
     step_part(part_of(job, i), rule.memory, first, n);
