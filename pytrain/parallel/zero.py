@@ -16,7 +16,7 @@ from pytrain.amp import LossScaler
 from pytrain.grads import ALIGN_BYTES, Bucket, Work
 from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, SUMSQ
-from pytrain.optim.storage import CODE_BLOCK, SCALE
+from pytrain.optim.storage import CODE_BLOCK, KEEPS, SCALE
 from pytrain.parallel.base import Strategy, check_total
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step
@@ -212,6 +212,7 @@ class Zero1(Strategy):
             )
         numbers = [number for group in groups for number in group["params"]]
         state: dict[int, dict[str, Any]] = {}
+        elementwise = {name for rule in self._optimizer.rules for name in rule.states} | {*KEEPS, "ema"}
         cut_groups: list[dict[str, Any]] = []
         for index, group in enumerate(groups):
             own = [piece for piece in self.pieces if piece.group == index]
@@ -220,7 +221,7 @@ class Zero1(Strategy):
             for k, piece in enumerate(own):
                 whole = state_dict["state"].get(numbers[piece.number])
                 if whole:
-                    state[first + k] = _cut(piece, whole)
+                    state[first + k] = _cut(piece, whole, elementwise)
         self.optimizer.load_state_dict({"state": state, "param_groups": cut_groups})
 
     def close(self) -> None:
@@ -316,11 +317,11 @@ def _join(param: Tensor, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict
     return joined
 
 
-def _cut(piece: Piece, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """A piece's part of a parameter's whole state."""
+def _cut(piece: Piece, whole: Mapping[str, Any], elementwise: set[str]) -> dict[str, Any]:
+    """A piece's part of a parameter's whole state, of which `elementwise` has a number an element."""
     layout, own = torch.empty_like(piece.owner, device="meta"), {}
     for name, value in whole.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        if not isinstance(value, Tensor) or (value.dim() == 0 and name not in elementwise):
             own[name] = value
         elif _is_scales(name, whole):
             own[name] = value[piece.begin // CODE_BLOCK : -(-piece.end // CODE_BLOCK)].clone()

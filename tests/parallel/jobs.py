@@ -193,10 +193,21 @@ def numbers(group: Group, mine: list[list[float]], order: list[list[int]]) -> An
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 
+class Scaled(nn.Module):
+    """Multiplies by one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 def wide(dtype: torch.dtype) -> nn.Sequential:
-    """Large enough for 8-bit states, and with a parameter that is not contiguous."""
+    """Large enough for 8-bit states; a parameter is not contiguous, and one has no dimensions."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 70), nn.Tanh(), nn.Linear(70, 66), nn.Tanh(), nn.Linear(66, 3))
+    net = nn.Sequential(nn.Linear(5, 70), nn.Tanh(), nn.Linear(70, 66), nn.Tanh(), nn.Linear(66, 3), Scaled())
     net[2].weight.data = net[2].weight.detach().t().contiguous().t()
     return net.to(dtype)
 
@@ -216,7 +227,7 @@ def alike(group: Group, strategy: str, name: str, options: dict[str, Any], dtype
     ranks = getattr(parallel, strategy)(net, optimizer, group=group, bucket_cap_mb=0.02)
     rank = dist.get_rank(group)
     run(net, lambda n: ranks.step(), optimizer, 0, steps, rank, dtype)
-    own = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim())
+    own = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
     whole = optimizer.state_dict() if strategy == "DDP" else ranks.state_dict()
     saved = {
         "state": {i: {k: v.clone() for k, v in s.items()} for i, s in whole["state"].items()},
