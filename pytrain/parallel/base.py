@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from pytrain.amp import LossScaler
 from pytrain.grads import ALIGN_BYTES, Bucket, GradBuckets, Unused, Work
+from pytrain.parallel.collectives import Collectives
 from pytrain.parallel.ranks import Ranks, describe, pack_flags, unpack_flags
 from pytrain.steps import StepInfo
 
@@ -57,7 +58,7 @@ class Strategy(ABC):
         if reduce_dtype is not None and reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(f"reduce_dtype: expected torch.float32, torch.bfloat16 or None, got {reduce_dtype}")
         self.ranks, self.module, self.optimizer, self.reduce_dtype = Ranks(group), module, optimizer, reduce_dtype
-        self.stop = False
+        self.stop, self.collectives = False, Collectives(self.ranks)
         places = {id(p): i for i, each in enumerate(optimizer.param_groups) for p in each["params"]}
         names = {id(p): name for name, p in module.named_parameters()}
         for i, each in enumerate(optimizer.param_groups):
@@ -77,16 +78,12 @@ class Strategy(ABC):
             names=[names[id(p)] for p in params],
             bucket_cap_mb=bucket_cap_mb,
             first_bucket_mb=first_bucket_mb,
-            world_size=self.shards(),
+            world_size=self.ranks.size,
             align_bytes=self.align_bytes(),
             unused=unused,
         )
 
     # ---- what a strategy says -----------------------------------------------------------------------------------
-
-    def shards(self) -> int:
-        """Into how many equal shards each bucket is cut."""
-        return 1
 
     def align_bytes(self) -> int:
         """Where slots and shards start."""
@@ -136,6 +133,7 @@ class Strategy(ABC):
     def close(self) -> None:
         """Let the model go: gradients are each rank's own again."""
         self.buckets.close()
+        self.collectives.close()
 
     # ---- for strategies -----------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from pytrain.amp import LossScaler
@@ -32,8 +31,7 @@ class DDP(Strategy):
     name = "ddp"
 
     def _collect(self, flat: Tensor) -> Work | None:
-        work: Work | None = dist.all_reduce(flat, group=self.ranks.group, async_op=True)
-        return work
+        return self.collectives.all_reduce(flat)
 
     def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
         total = self.agree(weight, stop)  # the gradients, and with them flags and norms, are the same by now

@@ -29,6 +29,7 @@ class Ranks:
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.others = [rank for rank in range(self.size) if rank != self.rank]
         backend = str(dist.get_backend(group))
         on_device = "nccl" in backend and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
@@ -55,6 +56,14 @@ class Ranks:
             dist.broadcast(real, self._global(0), group=self.group)
             if dense.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(dense)
+
+    def send(self, tensor: Tensor, rank: int, tag: int) -> Any:
+        """Start to send to another rank; returns what to wait for."""
+        return dist.isend(tensor, self._global(rank), group=self.group, tag=tag)
+
+    def receive(self, tensor: Tensor, rank: int, tag: int) -> Any:
+        """Start to fill a tensor with what another rank sends; returns what to wait for."""
+        return dist.irecv(tensor, self._global(rank), group=self.group, tag=tag)
 
     def check_alike(self, what: str, facts: Sequence[str]) -> None:
         """Raise RuntimeError on all ranks where one of them has other facts; names the first difference."""

@@ -21,10 +21,6 @@ from pytrain.parallel.base import Strategy, check_total
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step
 
-# The collectives' names, the current one first.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 AHEAD = 2  # buckets that Zero2 has in flight at a time
 
 
@@ -84,10 +80,6 @@ class Zero1(Strategy):
         if state is not None:
             self.load_state_dict(state)
 
-    def shards(self) -> int:
-        """One a rank."""
-        return self.ranks.size
-
     def align_bytes(self) -> int:
         """So that no block of 8-bit codes is cut, where there are any."""
         return CODE_BLOCK * 4 if self._optimizer.storage.state == "8bit" else ALIGN_BYTES
@@ -122,15 +114,11 @@ class Zero1(Strategy):
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def _collect(self, flat: Tensor) -> Work | None:
-        work: Work | None = _reduce_scatter(self._shard(flat), flat, group=self.ranks.group, async_op=True)
-        return work
-
-    def _shard(self, flat: Tensor) -> Tensor:
-        return flat.view(self.ranks.size, -1)[self.ranks.rank]
+        return self.collectives.reduce_scatter(flat)
 
     def _reduced(self, bucket: Bucket) -> Tensor:
         """This rank's shard of the reduced gradients."""
-        return self._shard(bucket.flat)
+        return self.collectives.shard(bucket.flat)
 
     def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
         if self.buckets.unused == "agree":  # which pieces take no part must be known before gradients are looked at
@@ -166,7 +154,7 @@ class Zero1(Strategy):
 
     def publish(self) -> None:
         """After pass 2: every rank gets the parameters that the others have stepped."""
-        works = [_all_gather(flat, self._shard(flat), group=self.ranks.group, async_op=True) for flat in self.flats]
+        works = [self.collectives.all_gather(flat) for flat in self.flats]
         for work in works:
             if work is not None:
                 work.wait()
@@ -246,7 +234,7 @@ class Zero2(Zero1):
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, **options: Any) -> None:
         super().__init__(module, optimizer, **options)
-        self._kept = [torch.zeros_like(self._shard(bucket.flat)) for bucket in self.buckets.buckets]
+        self._kept = [torch.zeros_like(self.collectives.shard(bucket.flat)) for bucket in self.buckets.buckets]
         self._flying: list[Early] = []
         for bucket in self.buckets.buckets:
             bucket.give_memory_back()
@@ -266,7 +254,7 @@ class Zero2(Zero1):
 
     def keep(self, bucket: Bucket) -> None:
         """Take this rank's shard out of a reduced bucket, and give its memory back."""
-        self._kept[bucket.index].copy_(self._shard(bucket.flat))
+        self._kept[bucket.index].copy_(self.collectives.shard(bucket.flat))
         bucket.give_memory_back()
 
 
