@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 ALIGN_BYTES = 128  # where a slot may start
+AT_ONCE_BYTES = 1 << 16  # from which a gradient is copied when it comes: its memory then serves for the next one
 Unused = Literal["error", "zero", "agree"]
 UNUSED = ("error", "zero", "agree")
 
@@ -152,8 +153,9 @@ class Bucket:
 class GradBuckets:
     """Flat memory for the gradients of parameters, filled by autograd and reduced bucket by bucket.
 
-    In the first micro-batch a full bucket's gradients are copied into it by one call, and each `p.grad` becomes a view
-    of it; later ones are accumulated in place. When the last micro-batch's gradients are all there, `reduce` is called,
+    In the first micro-batch gradients are copied into their bucket, large ones as they come and the others of a full
+    bucket by one call, and each `p.grad` becomes a view of it; later ones are accumulated in place. A gradient that is
+    all of a bucket is not copied: its own memory is the bucket's. When the last micro-batch's gradients are all there, `reduce` is called,
     for bucket after bucket in the same order on all ranks, while backward goes on. `finish` waits for all.
 
         buckets = GradBuckets(model.parameters(), reduce)
@@ -355,11 +357,27 @@ class GradBuckets:
         bucket.arrived[k] = True
         bucket.missing -= 1
         bucket.state = BucketState.FILLING
+        if grad.nbytes >= AT_ONCE_BYTES and grad is not bucket.views[k]:
+            self._take(bucket, k, grad)
         if bucket.missing == 0:
             self._gather(bucket)
             if self._last:
                 bucket.state = BucketState.READY
                 self._launch()
+
+    def _take(self, bucket: Bucket, k: int, grad: Tensor) -> None:
+        """Have one gradient in the bucket: by a copy, or as the bucket's memory where it is all of it."""
+        view = bucket.views[k]
+        if _same_memory(grad, view):
+            return
+        whole = grad.untyped_storage().nbytes() == bucket.flat.nbytes == grad.nbytes
+        if whole and grad.stride() == view.stride() and grad.dtype == view.dtype:
+            bucket.flat, bucket.views[k] = grad.detach().as_strided((grad.numel(),), (1,), 0), grad
+            return
+        bucket.take_memory()
+        with torch.no_grad():
+            view.copy_(grad)
+        bucket.params[k].grad = view
 
     def _gather(self, bucket: Bucket) -> None:
         """Copy what autograd has put elsewhere into the bucket, and let each `p.grad` be its slot."""

@@ -148,6 +148,24 @@ def test_a_gradient_is_a_view_of_its_bucket_and_keeps_its_strides() -> None:
         assert 0 <= inside < flat.numel() * 4 and inside % ALIGN_BYTES == 0
 
 
+def test_a_large_gradient_is_copied_when_it_comes_and_one_that_fills_its_bucket_never() -> None:
+    net = nn.Sequential(nn.Linear(128, 256, bias=False), nn.Linear(256, 128, bias=False))  # 2**15 elements each
+    second = net[1].weight
+    for cap, copied in ((float("inf"), True), (1e-6, False)):
+        buckets, came = GradBuckets(net.parameters(), Recorder(), bucket_cap_mb=cap), []
+        second.register_hook(lambda g, came=came: came.append(g.data_ptr()))
+        net[0].weight.register_hook(lambda g, second=second, came=came: came.append(second.grad.data_ptr()))
+        for micro in range(3):
+            with buckets.accumulate(last=micro == 2):
+                net(torch.ones(3, 128)).sum().backward()
+        buckets.finish()
+        bucket, k = buckets._place[id(second)]
+        assert came[1] == second.grad.data_ptr() == bucket.views[k].data_ptr()  # type: ignore[union-attr]
+        assert (came[0] != came[1]) == copied and bucket.flat.data_ptr() <= came[1] < bucket.flat.data_ptr() + 2**18
+        net.zero_grad()
+        buckets.close()
+
+
 def test_a_bucket_holds_one_dtype_and_group() -> None:
     params = [Parameter(torch.ones(2, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float32)]
     buckets = GradBuckets(params, Recorder(), groups=[0, 0, 1])
