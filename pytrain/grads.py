@@ -155,8 +155,8 @@ class GradBuckets:
 
     In the first micro-batch gradients are copied into their bucket, large ones as they come and the others of a full
     bucket by one call, and each `p.grad` becomes a view of it; later ones are accumulated in place. A gradient that is
-    all of a bucket is not copied: its own memory is the bucket's. When the last micro-batch's gradients are all there, `reduce` is called,
-    for bucket after bucket in the same order on all ranks, while backward goes on. `finish` waits for all.
+    all of a bucket is not copied: its own memory is the bucket's. When the last micro-batch's gradients are all there,
+    `reduce` is called, for bucket after bucket in the same order on all ranks, while backward goes on. `finish` waits.
 
         buckets = GradBuckets(model.parameters(), reduce)
         with buckets.accumulate(last=False):
@@ -253,7 +253,7 @@ class GradBuckets:
             align_bytes=align,
         )
         self.buckets = []
-        self._place: dict[int, tuple[Bucket, int]] = {}  # of each parameter, by its id
+        self._place: dict[int, tuple[Bucket, int, bool]] = {}  # of each parameter, by its id; whether it is large
         for index, plan in enumerate(plans):
             own = [params[slot.param] for slot in plan.slots]
             flat = torch.zeros(plan.numel, dtype=own[0].dtype, device=own[0].device)
@@ -261,7 +261,7 @@ class GradBuckets:
             bucket = Bucket(index, plan, own, flat, views)
             bucket.expect_all()
             self.buckets.append(bucket)
-            self._place.update((id(p), (bucket, k)) for k, p in enumerate(own))
+            self._place.update((id(p), (bucket, k, p.nbytes >= AT_ONCE_BYTES)) for k, p in enumerate(own))
         for i, p in zip(self.trained, params, strict=True):
             if i not in self._hooks:
                 self._hooks[i] = p.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
@@ -333,43 +333,42 @@ class GradBuckets:
         self._reset()
 
     def _arrive(self, param: Tensor) -> None:
-        """A parameter's gradient was accumulated."""
-        bucket, k = self._place[id(param)]
-        if bucket.state is BucketState.REDUCED and all(b.state is BucketState.REDUCED for b in self.buckets):
-            self._reset()  # a new step, without a context
-        if bucket.state in (BucketState.IN_FLIGHT, BucketState.REDUCED):
-            raise RuntimeError(
-                f"a gradient of {self.name_of(bucket, k)} came after its bucket {bucket.index} had left: its parameter "
-                "took part in two backward passes of one step. Wrap all but the last in accumulate(last=False); with "
-                "activation checkpointing, use the kind that is not re-entrant (use_reentrant=False)"
-            )
-        grad = param.grad
-        if grad is None or grad.layout != torch.strided:
-            layout = "none" if grad is None else grad.layout
-            raise RuntimeError(
-                f"the gradient of {self.name_of(bucket, k)} is {layout}, and buckets take dense ones; make its "
-                "embedding with sparse=False"
-            )
+        """A parameter's gradient was accumulated. This runs for each of them: little is done here."""
+        bucket, k, large = self._place[id(param)]
+        if bucket.state is BucketState.IN_FLIGHT or bucket.state is BucketState.REDUCED:
+            self._again(bucket, k)
         if bucket.arrived[k]:
             return
-        if self._seen is not None and self._last:
-            self._seen[bucket.plan.slots[k].param] = None
         bucket.arrived[k] = True
         bucket.missing -= 1
         bucket.state = BucketState.FILLING
-        if grad.nbytes >= AT_ONCE_BYTES and grad is not bucket.views[k]:
-            self._take(bucket, k, grad)
-        if bucket.missing == 0:
+        if self._seen is not None and self._last:
+            self._seen[bucket.plan.slots[k].param] = None
+        if large:
+            self._take(bucket, k)
+        if not bucket.missing:
             self._gather(bucket)
             if self._last:
                 bucket.state = BucketState.READY
                 self._launch()
 
-    def _take(self, bucket: Bucket, k: int, grad: Tensor) -> None:
-        """Have one gradient in the bucket: by a copy, or as the bucket's memory where it is all of it."""
-        view = bucket.views[k]
-        if _same_memory(grad, view):
+    def _again(self, bucket: Bucket, k: int) -> None:
+        """A gradient came whose bucket has left: for a new step, or for none."""
+        if all(b.state is BucketState.REDUCED for b in self.buckets):
+            self._reset()  # a new step, without a context
             return
+        raise RuntimeError(
+            f"a gradient of {self.name_of(bucket, k)} came after its bucket {bucket.index} had left: its parameter "
+            "took part in two backward passes of one step. Wrap all but the last in accumulate(last=False); with "
+            "activation checkpointing, use the kind that is not re-entrant (use_reentrant=False)"
+        )
+
+    def _take(self, bucket: Bucket, k: int) -> None:
+        """Have one gradient in the bucket: by a copy, or as the bucket's memory where it is all of it."""
+        grad, view = bucket.params[k].grad, bucket.views[k]
+        if grad is None or grad is view:
+            return
+        self._check_dense(bucket, k, grad)
         whole = grad.untyped_storage().nbytes() == bucket.flat.nbytes == grad.nbytes
         if whole and grad.stride() == view.stride() and grad.dtype == view.dtype:
             bucket.flat, bucket.views[k] = grad.detach().as_strided((grad.numel(),), (1,), 0), grad
@@ -381,20 +380,26 @@ class GradBuckets:
 
     def _gather(self, bucket: Bucket) -> None:
         """Copy what autograd has put elsewhere into the bucket, and let each `p.grad` be its slot."""
-        targets, sources = [], []
-        for k, param in enumerate(bucket.params):
-            grad, view = param.grad, bucket.views[k]
-            if grad is not None and grad is not view and not _same_memory(grad, view):
-                targets.append(view)
-                sources.append(grad)
-        if not targets:
+        params, views, grads = bucket.params, bucket.views, [p.grad for p in bucket.params]
+        new = [k for k, grad in enumerate(grads) if grad is not None and grad is not views[k]]
+        if not new:
             return
+        sources = [grads[k] for k in new]
+        for k, grad in zip(new, sources, strict=True):
+            if grad.layout != torch.strided:  # type: ignore[union-attr]
+                self._check_dense(bucket, k, grad)  # type: ignore[arg-type]
         bucket.take_memory()
         with torch.no_grad():
-            torch._foreach_copy_(targets, sources)
-        for k, param in enumerate(bucket.params):
-            if param.grad is not None:
-                param.grad = bucket.views[k]
+            torch._foreach_copy_([views[k] for k in new], sources)  # type: ignore[arg-type]
+        for k in new:
+            params[k].grad = views[k]
+
+    def _check_dense(self, bucket: Bucket, k: int, grad: Tensor) -> None:
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self.name_of(bucket, k)} is {grad.layout}, and buckets take dense ones; make its "
+                "embedding with sparse=False"
+            )
 
     def _launch(self) -> None:
         """Send off the buckets whose turn it is."""
@@ -498,10 +503,6 @@ def _like(flat: Tensor, slot: Slot, param: Tensor) -> Tensor:
     """A slot in the shape of its parameter, and in its strides where these leave no gaps."""
     layout = torch.empty_like(param, device="meta")
     return flat.as_strided(layout.shape, layout.stride(), slot.offset)
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def padding(plans: Sequence[BucketPlan]) -> float:

@@ -159,7 +159,7 @@ def test_a_large_gradient_is_copied_when_it_comes_and_one_that_fills_its_bucket_
             with buckets.accumulate(last=micro == 2):
                 net(torch.ones(3, 128)).sum().backward()
         buckets.finish()
-        bucket, k = buckets._place[id(second)]
+        bucket, k, _ = buckets._place[id(second)]
         assert came[1] == second.grad.data_ptr() == bucket.views[k].data_ptr()  # type: ignore[union-attr]
         assert (came[0] != came[1]) == copied and bucket.flat.data_ptr() <= came[1] < bucket.flat.data_ptr() + 2**18
         net.zero_grad()
