@@ -411,8 +411,11 @@ class GradBuckets:
 
     # ---- the end of a step ------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
+    def finish(self, *, idle: bool = False) -> None:
         """Send off what is still here, and wait for all: then each `p.grad` is the reduced gradient.
+
+        Args:
+            idle: this rank may have no gradient at all: it adds zeros to what the others have, whatever `unused` says.
 
         Raises:
             RuntimeError: with unused="error": a parameter has no gradient, or one was unfrozen since the last step.
@@ -420,9 +423,10 @@ class GradBuckets:
         if self._inside:
             raise RuntimeError("finish: leave the accumulate() context first")
         if all(bucket.state is BucketState.REDUCED for bucket in self.buckets):
-            if self.unused == "error":
+            if self.unused == "error" and not idle:
                 raise RuntimeError("finish: there was no backward since the last finish()")
             self._reset()  # this rank has nothing to add to what the others have
+        idle = idle and all(bucket.state is BucketState.EMPTY for bucket in self.buckets)
         self._check_unfrozen()
         missing = []
         for bucket in self.buckets:
@@ -432,7 +436,7 @@ class GradBuckets:
                 self.used[slot.param], self.present[slot.param] = used, used or wanted
                 if wanted and not used:
                     missing.append(self.name_of(bucket, k))
-        if missing and self.unused == "error":
+        if missing and self.unused == "error" and not idle:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise RuntimeError(
                 f"no gradient came for {', '.join(missing[:5])}{more}; where a parameter may take no part in a step, "

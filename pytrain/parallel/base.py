@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from pytrain.parallel.ranks import Ranks, describe, pack_flags, unpack_flags
 from pytrain.steps import StepInfo
 
 REDUCE_DTYPES = (torch.float32, torch.bfloat16)
+T = TypeVar("T")
 
 
 class Strategy(ABC):
@@ -36,6 +38,7 @@ class Strategy(ABC):
         ranks: the process group.
         buckets: the gradients.
         stop: whether any rank has asked for it in the last step.
+        more: whether any rank has a batch left, as of the last step; see `join`.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or the ranks' models differ: names the first difference.
@@ -58,7 +61,8 @@ class Strategy(ABC):
         if reduce_dtype is not None and reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(f"reduce_dtype: expected torch.float32, torch.bfloat16 or None, got {reduce_dtype}")
         self.ranks, self.module, self.optimizer, self.reduce_dtype = Ranks(group), module, optimizer, reduce_dtype
-        self.stop, self.collectives = False, Collectives(self.ranks)
+        self.stop, self.more, self.collectives = False, False, Collectives(self.ranks)
+        self._has_more, self._joined = False, 0
         places = {id(p): i for i, each in enumerate(optimizer.param_groups) for p in each["params"]}
         names = {id(p): name for name, p in module.named_parameters()}
         for i, each in enumerate(optimizer.param_groups):
@@ -123,8 +127,34 @@ class Strategy(ABC):
         """
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"weight: expected a finite number >= 0, got {weight!r}")
-        self.buckets.finish()
-        return self._step(scaler, float(weight), bool(stop), options)
+        self.buckets.finish(idle=weight == 0)
+        info = self._step(scaler, float(weight), bool(stop), options)
+        self._joined += 1
+        return info
+
+    def join(self, batches: Iterable[T]) -> Iterator[T | None]:
+        """The batches of this rank, then None as long as other ranks have some: all ranks take as many steps.
+
+            for batch in ranks.join(loader):
+                if batch is not None:
+                    loss_of(model, batch).backward()
+                ranks.step(weight=0 if batch is None else 1)
+                optimizer.zero_grad()
+
+        One batch is drawn ahead; that others have some is learned from the step's own all-reduce.
+
+        Raises:
+            RuntimeError: the loop's body has not called `step` once for each batch.
+        """
+        drawn = iter(batches)
+        ahead = next(drawn, drawn)  # the iterator itself stands for the end
+        self.more = self.ranks.sum([float(ahead is not drawn)])[0] > 0
+        while self.more:
+            batch, ahead = ahead, drawn if ahead is drawn else next(drawn, drawn)
+            self._has_more, self._joined = ahead is not drawn, 0
+            yield None if batch is drawn else batch  # type: ignore[misc]
+            if self._joined != 1:
+                raise RuntimeError(f"join: expected one step() for each batch, got {self._joined}")
 
     def send_buffers(self) -> None:
         """Have the module's buffers (BatchNorm statistics) be those of rank 0 everywhere."""
@@ -138,11 +168,11 @@ class Strategy(ABC):
     # ---- for strategies -----------------------------------------------------------------------------------------
 
     def agree(self, weight: float, stop: bool) -> float:
-        """One small all-reduce: the sum of weights, which it returns, who stops, and what was used."""
+        """One small all-reduce: the sum of weights, which it returns, who stops, who has more, and what was used."""
         buckets, size = self.buckets, self.ranks.size
         flags = pack_flags(buckets.used, size) if buckets.unused == "agree" else []
-        total, stopping, *sums = self.ranks.sum([weight, float(stop), *flags])
-        self.stop = stopping > 0
+        total, stopping, more, *sums = self.ranks.sum([weight, float(stop), float(self._has_more), *flags])
+        self.stop, self.more = stopping > 0, more > 0
         if flags:
             buckets.drop_unused(unpack_flags(sums, len(buckets.used), size))
         return check_total(total)

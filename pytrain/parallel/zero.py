@@ -76,7 +76,7 @@ class Zero1(Strategy):
         self.flats: list[Tensor] = []  # the parameters, a block a bucket
         self.pieces: list[Piece] = []
         self._lay_out()
-        self._own = (0.0, 0.0)  # this rank's weight, and whether it is to stop
+        self._own = (0.0, 0.0, 0.0)  # this rank's weight, whether it is to stop, and whether it has more batches
         if state is not None:
             self.load_state_dict(state)
 
@@ -123,8 +123,8 @@ class Zero1(Strategy):
     def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
         if self.buckets.unused == "agree":  # which pieces take no part must be known before gradients are looked at
             weight = self.agree(weight, stop) / self.ranks.size
-            stop = self.stop
-        self._own = (weight, float(stop))
+            stop, self._has_more = self.stop, self.more
+        self._own = (weight, float(stop), float(self._has_more))
         shards = [self._reduced(bucket) for bucket in self.buckets.buckets]
         for piece in self.pieces:
             if self.buckets.present[piece.trained]:
@@ -146,11 +146,11 @@ class Zero1(Strategy):
         message = torch.cat([own, control[FOUND_INF : FOUND_INF + 1], rows[:, SUMSQ]]).to(self.ranks.device)
         dist.all_reduce(message, group=self.ranks.group)
         message = message.to(control.device)
-        self.stop = bool(message[1] > 0)
-        check_total(float(message[0]))
-        control[INV_SCALE] /= message[0]
-        control[FOUND_INF] = message[2]
-        rows[:, SUMSQ] = torch.where(message[2] > 0, torch.nan, message[3:])  # no norm, as where one rank has it all
+        total, stopping, more, found = message[:4]
+        self.stop, self.more = bool(stopping > 0), bool(more > 0)
+        control[INV_SCALE] /= check_total(float(total))
+        control[FOUND_INF] = found
+        rows[:, SUMSQ] = torch.where(found > 0, torch.nan, message[4:])  # no norm, as where one rank has it all
 
     def publish(self) -> None:
         """After pass 2: every rank gets the parameters that the others have stepped."""

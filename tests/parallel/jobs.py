@@ -136,6 +136,37 @@ def idle(group: Group, unused: str, strategy: str) -> Any:
     return p.tolist()
 
 
+def joined(group: Group, counts: list[int], strategy: str, steps_a_batch: int = 1) -> Any:
+    """Steps in which ranks have unlike numbers of batches: the parameters, and which batches this rank was given."""
+    net = model()
+    optimizer, scaler = AdamW(net.parameters(), lr=0.01), LossScaler(init_scale=8.0)
+    ranks = getattr(parallel, strategy)(net, optimizer, group=group)
+    rank, seen = dist.get_rank(group), []
+    for n in ranks.join(range(counts[rank])):
+        seen.append(n)
+        if n is not None:
+            loss = summed_loss(net, batch(10 * n + rank, 3, torch.float64))
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for _ in range(steps_a_batch):
+            ranks.step(scaler, weight=0 if n is None else 3, max_norm=1.0)
+        optimizer.zero_grad()
+    return values(net), seen
+
+
+def joined_alone(counts: list[int]) -> list[Tensor]:
+    """The same in one process."""
+    net = model()
+    optimizer, scaler = AdamW(net.parameters(), lr=0.01), LossScaler(init_scale=8.0)
+    for n in range(max(counts)):
+        having = [rank for rank, count in enumerate(counts) if n < count]
+        for rank in having:
+            loss = summed_loss(net, batch(10 * n + rank, 3, torch.float64))
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        pytrain.step(optimizer, scaler, grad_divisor=3 * len(having), max_norm=1.0)
+        optimizer.zero_grad()
+    return values(net)
+
+
 def stop_on(group: Group, stopping: list[int]) -> Any:
     """Which ranks know that one of them is to stop."""
     net = model()

@@ -30,6 +30,22 @@ def test_ranks_do_what_one_process_does_on_all_data(pool: Pool, size: int, step:
             assert norm == pytest.approx(expected, rel=1e-12) and applied
 
 
+@pytest.mark.parametrize("strategy", ["DDP", "Zero1", "Zero2"])
+@pytest.mark.parametrize("counts", [[3, 1, 0], [0, 2], [2, 2], [0, 0]])
+def test_ranks_with_fewer_batches_take_part_until_all_are_done(pool: Pool, counts: list[int], strategy: str) -> None:
+    alone = jobs.joined_alone(counts)
+    found = pool.run(len(counts), jobs.joined, counts, strategy)
+    for (params, seen), count in zip(found, counts, strict=True):
+        assert seen == [*range(count), *[None] * (max(counts) - count)] and equal(params, found[0][0])
+        for p, q in zip(params, alone, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
+def test_a_batch_of_a_join_is_one_step(pool: Pool) -> None:
+    with pytest.raises(AssertionError, match=r"RuntimeError: join: expected one step\(\) for each batch, got 0"):
+        pool.run(1, jobs.joined, [2], "DDP", 0)
+
+
 @pytest.mark.parametrize("name", ["SGD", "LAMB", "Adafactor", "Muon"])
 def test_every_kind_of_optimizer_takes_the_reduced_gradient(pool: Pool, name: str) -> None:
     alone, _, _ = jobs.train_alone(2, torch.float64, {}, name)
