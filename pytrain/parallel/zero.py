@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -57,25 +57,34 @@ class Zero1(Strategy):
     whole of it, as one process has it. Each bucket's parameters lie in one block of memory. Gradients are gone after a
     step.
 
-    Arguments and errors are those of `Strategy`.
+    Args:
+        offload: "cpu": each rank's pieces, and with them the optimizer's state and its step, are in the CPU's memory;
+            None: they are where the parameters are. Gradients and parameters are copied once a step.
+        options: those of `Strategy`.
 
     Raises:
         TypeError: the optimizer is none of pytrain's.
         ValueError: it needs whole tensors (norms, rows and columns), steps in backward, or rounds stochastically.
 
-    Source: Rajbhandari et al. 2020, ZeRO, section 5.1 (arXiv:1910.02054).
+    Source: Rajbhandari et al. 2020, ZeRO, section 5.1 (arXiv:1910.02054); Ren et al. 2021, ZeRO-Offload
+    (arXiv:2101.06840).
     """
 
     name = "zero1"
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, *, offload: Literal["cpu"] | None = None, **options: Any
+    ) -> None:
+        if offload not in (None, "cpu"):
+            raise ValueError(f'offload: expected "cpu" or None, got {offload!r}')
         self._optimizer = _check_optimizer(optimizer)
         super().__init__(module, optimizer, **options)
         state = optimizer.state_dict() if optimizer.state else None
         self._whole = [list(group["params"]) for group in optimizer.param_groups]
         self.flats: list[Tensor] = []  # the parameters, a block a bucket
         self.pieces: list[Piece] = []
-        self._lay_out()
+        self._hosts: list[Host] = []  # a rank's own part of each block, where that is elsewhere
+        self._lay_out(offload == "cpu")
         self._own = (0.0, 0.0, 0.0)  # this rank's weight, whether it is to stop, and whether it has more batches
         if state is not None:
             self.load_state_dict(state)
@@ -85,7 +94,7 @@ class Zero1(Strategy):
         return CODE_BLOCK * 4 if self._optimizer.storage.state == "8bit" else ALIGN_BYTES
 
     @torch.no_grad()
-    def _lay_out(self) -> None:
+    def _lay_out(self, offload: bool) -> None:
         """Move the parameters into blocks of the buckets' layout; the optimizer takes this rank's pieces."""
         flat_params = [(p, index) for index, params in enumerate(self._whole) for p in params]
         places = {id(p): (number, index) for number, (p, index) in enumerate(flat_params)}
@@ -93,19 +102,25 @@ class Zero1(Strategy):
             flat = torch.zeros_like(bucket.flat)
             size = flat.numel() // self.ranks.size
             low = size * self.ranks.rank
+            own = flat[low : low + size]
+            if offload:
+                self._hosts.append(Host(own, bucket.params))
+                own = self._hosts[-1].params
             for slot, param, view in zip(bucket.plan.slots, bucket.params, bucket.views, strict=True):
                 home = flat.as_strided(view.shape, view.stride(), slot.offset)
                 home.copy_(param)
                 param.data = home
                 first, last = max(low, slot.offset), min(low + size, slot.offset + slot.numel)
                 if first < last:
-                    piece = Parameter(flat[first:last])
+                    piece = Parameter(own[first - low : last - low])
                     piece.whole_numel = slot.numel  # type: ignore[attr-defined]
                     begin, end = first - slot.offset, last - slot.offset
                     self.pieces += [
                         Piece(piece, param, *places[id(param)], slot.param, begin, end, bucket.index, first - low)
                     ]
             self.flats.append(flat)
+        for host in self._hosts:
+            host.follow()
         self.pieces.sort(key=lambda piece: piece.number)
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [piece.param for piece in self.pieces if piece.group == index]
@@ -126,6 +141,12 @@ class Zero1(Strategy):
             stop, self._has_more = self.stop, self.more
         self._own = (weight, float(stop), float(self._has_more))
         shards = [self._reduced(bucket) for bucket in self.buckets.buckets]
+        if self._hosts:
+            for host in self._hosts:
+                host.follow()
+            shards = [host.take(shard) for host, shard in zip(self._hosts, shards, strict=True)]
+            if shards and self.ranks.device.type != "cpu":
+                torch.cuda.synchronize()  # what was copied is read by the CPU now
         for piece in self.pieces:
             if self.buckets.present[piece.trained]:
                 piece.param.grad = shards[piece.bucket][piece.at : piece.at + piece.end - piece.begin]
@@ -154,6 +175,8 @@ class Zero1(Strategy):
 
     def publish(self) -> None:
         """After pass 2: every rank gets the parameters that the others have stepped."""
+        for host in self._hosts:
+            host.home.copy_(host.params, non_blocking=True)
         works = [self.collectives.all_gather(flat) for flat in self.flats]
         for work in works:
             if work is not None:
@@ -220,6 +243,32 @@ class Zero1(Strategy):
             group["params"] = whole
         self.optimizer.state.clear()
         self.optimizer.load_state_dict(state)
+
+
+class Host:
+    """The CPU's copy of what a rank owns of a block of parameters, and of its gradients.
+
+    Attributes:
+        home: the parameters' own memory.
+        params: their copy, which is stepped.
+    """
+
+    def __init__(self, home: Tensor, owners: list[Tensor]) -> None:
+        pinned = home.device.type == "cuda"
+        self.home, self._owners, self._versions = home, owners, [-1]
+        self.params = torch.empty(home.shape, dtype=home.dtype, device="cpu", pin_memory=pinned)
+        self.grads = torch.empty_like(self.params, pin_memory=pinned)
+
+    def follow(self) -> None:
+        """Copy the parameters, where somebody else has written them (loading a state does)."""
+        versions = [p._version for p in self._owners]
+        if versions != self._versions:
+            self.params.copy_(self.home)
+            self._versions = versions
+
+    def take(self, shard: Tensor) -> Tensor:
+        """Copy gradients; returns the copy."""
+        return self.grads.copy_(shard, non_blocking=True)
 
 
 class Zero2(Zero1):
@@ -301,7 +350,7 @@ def _join(param: Tensor, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict
             continue
         flat = torch.cat([state[name] for _, state in parts])
         whole = flat if _is_scales(name, parts[0][1]) else flat.as_strided(layout.shape, layout.stride())
-        joined[name] = whole.to(param.device)
+        joined[name] = whole if whole.device.type == "cpu" else whole.to(param.device)
     return joined
 
 

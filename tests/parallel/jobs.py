@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from pytrain.parallel import DDP, Ranks, Zero1, Zero2
 
 Group = dist.ProcessGroup
 ROWS = 6  # of each rank's batch
+
+
+def kind(strategy: str) -> Any:
+    """A strategy by its name; "Zero1, cpu" is one with offload."""
+    name, *offload = strategy.split(", ")
+    return partial(getattr(parallel, name), offload=offload[0]) if offload else getattr(parallel, name)
 
 
 def model(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
@@ -54,7 +61,7 @@ def train(
     rank = dist.get_rank(group)
     net = model(dtype, seed=rank)  # those of rank 0 win
     optimizer = getattr(optim, name)(net.parameters(), lr=0.01)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group, **options)
+    ranks = kind(strategy)(net, optimizer, group=group, **options)
     scaler = LossScaler(init_scale=8.0)
     seen = []
     for n in range(3):
@@ -92,7 +99,7 @@ def overflow_on_one(group: Group, bad_rank: int, strategy: str = "DDP") -> Any:
     """A step whose gradient is inf on one rank only."""
     net = model()
     optimizer, scaler = AdamW(net.parameters()), LossScaler(init_scale=8.0)
-    ranks, before = getattr(parallel, strategy)(net, optimizer, group=group), values(net)
+    ranks, before = kind(strategy)(net, optimizer, group=group), values(net)
     loss = summed_loss(net, batch(0, 4, torch.float64))
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if dist.get_rank(group) == bad_rank:  # too late for what has left: it comes with the next backward
@@ -112,7 +119,7 @@ def branches(group: Group, unused: str, used_on: list[list[int]], strategy: str 
     params = [Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3)]
     net = nn.ParameterList(params)
     optimizer = optim.SGD(params, lr=1.0, weight_decay=0.5)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group, unused=unused)
+    ranks = kind(strategy)(net, optimizer, group=group, unused=unused)
     try:
         if used_on[dist.get_rank(group)]:
             torch.stack([params[i].sum() for i in used_on[dist.get_rank(group)]]).sum().backward()
@@ -127,7 +134,7 @@ def idle(group: Group, unused: str, strategy: str) -> Any:
     p = Parameter(torch.zeros(4, dtype=torch.float64))
     net = nn.ParameterList([p])
     optimizer = optim.SGD([p], lr=1.0)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group, unused=unused)
+    ranks = kind(strategy)(net, optimizer, group=group, unused=unused)
     for step in range(4):
         if step % 2 == dist.get_rank(group):
             (3.0 * p.sum()).backward()
@@ -140,7 +147,7 @@ def joined(group: Group, counts: list[int], strategy: str, steps_a_batch: int = 
     """Steps in which ranks have unlike numbers of batches: the parameters, and which batches this rank was given."""
     net = model()
     optimizer, scaler = AdamW(net.parameters(), lr=0.01), LossScaler(init_scale=8.0)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group)
+    ranks = kind(strategy)(net, optimizer, group=group)
     rank, seen = dist.get_rank(group), []
     for n in ranks.join(range(counts[rank])):
         seen.append(n)
@@ -255,7 +262,7 @@ def alike(group: Group, strategy: str, name: str, options: dict[str, Any], dtype
     """Parameters, whole state and the bytes of this rank's state after some steps; and after some more, resumed."""
     net = wide(dtype)
     optimizer = getattr(optim, name)(net.parameters(), lr=0.01, **options)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group, bucket_cap_mb=0.02)
+    ranks = kind(strategy)(net, optimizer, group=group, bucket_cap_mb=0.02)
     rank = dist.get_rank(group)
     run(net, lambda n: ranks.step(), optimizer, 0, steps, rank, dtype)
     own = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
@@ -284,7 +291,7 @@ def resume(
     for p, value in zip(net.parameters(), params, strict=True):
         p.data.copy_(value)
     optimizer = getattr(optim, name)(net.parameters(), lr=0.5, **options)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group, bucket_cap_mb=0.003)
+    ranks = kind(strategy)(net, optimizer, group=group, bucket_cap_mb=0.003)
     saved = copy.deepcopy(saved)  # what came through a pipe is memory that processes share
     (optimizer if strategy == "DDP" else ranks).load_state_dict(saved)
     rank = dist.get_rank(group)
@@ -296,7 +303,7 @@ def averaged(group: Group, strategy: str) -> Any:
     """A module's averages under a strategy, and a closed strategy's optimizer."""
     net = wide(torch.float64)
     optimizer, ema = AdamW(net.parameters(), lr=0.01), EMA(net, 0.5)
-    ranks = getattr(parallel, strategy)(net, optimizer, group=group)
+    ranks = kind(strategy)(net, optimizer, group=group)
     rank = dist.get_rank(group)
     run(net, lambda n: ranks.step(ema=ema), optimizer, 0, 3, rank, torch.float64)
     ranks.close()
@@ -312,6 +319,17 @@ def memory(group: Group) -> Any:
     run(net, lambda n: ranks.step(), optimizer, 0, 2, 0, torch.float32)
     buckets = ranks.buckets.buckets
     return sum(b.flat.untyped_storage().nbytes() for b in buckets), sum(b.flat.numel() * 4 for b in buckets)
+
+
+def written_by_others(group: Group, strategy: str) -> Any:
+    """A step after somebody has written the parameters: a state that was loaded."""
+    net = wide(torch.float64)
+    optimizer = optim.SGD(net.parameters(), lr=0.5)
+    ranks, rank = kind(strategy)(net, optimizer, group=group), dist.get_rank(group)
+    run(net, lambda n: ranks.step(), optimizer, 0, 1, rank, torch.float64)
+    net.load_state_dict({name: torch.full_like(value, 0.25) for name, value in net.state_dict().items()})
+    run(net, lambda n: ranks.step(), optimizer, 1, 2, rank, torch.float64)
+    return values(net), [p.device.type for p in optimizer.param_groups[0]["params"]]
 
 
 def refused(group: Group, what: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from pool import Pool
 
 ZEROS = ["Zero1", "Zero2"]
+OFFLOADED = ["Zero1, cpu", "Zero2, cpu"]
 # Optimizer, options, dtype: each storage format, rules with no state, scalars, and more than two states.
 KINDS = [
     ("AdamW", {}, torch.float32),
@@ -52,8 +53,12 @@ def test_ranks_do_what_one_process_does_on_all_data(pool: Pool, strategy: str, s
             assert norm == pytest.approx(expected, rel=1e-12) and applied
 
 
-@pytest.mark.parametrize("strategy", ZEROS)
-@pytest.mark.parametrize(("name", "options", "dtype"), KINDS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("strategy", "name", "options", "dtype"),
+    [(zero, *kind) for zero in ZEROS for kind in KINDS] + [(OFFLOADED[i % 2], *KINDS[i]) for i in (2, 5, 6, 7)],
+    ids=[f"{zero}-{name}" for zero in ZEROS for name in NAMES]
+    + [f"{OFFLOADED[i % 2]}-{NAMES[i]}" for i in (2, 5, 6, 7)],
+)
 def test_shards_change_no_bit(
     pool: Pool, strategy: str, name: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -96,11 +101,18 @@ def test_a_parameter_that_nobody_has_used(pool: Pool, strategy: str) -> None:
         assert text.startswith("no gradient came for 2 of shape (2,)")
 
 
-@pytest.mark.parametrize("strategy", ["DDP", *ZEROS])
+@pytest.mark.parametrize("strategy", ["DDP", *ZEROS, "Zero1, cpu"])
 def test_averages_and_a_closed_strategy(pool: Pool, strategy: str) -> None:
     ((averages, params),) = pool.run(1, jobs.averaged, "DDP")
     for their_averages, their_params in pool.run(2, jobs.averaged, strategy):
         assert equal(averages, their_averages) and equal(params, their_params)
+
+
+@pytest.mark.parametrize("strategy", [*ZEROS, *OFFLOADED])
+def test_parameters_that_somebody_else_has_written_are_stepped(pool: Pool, strategy: str) -> None:
+    expected = pool.run(1, jobs.written_by_others, "DDP")[0][0]
+    for params, devices in pool.run(2, jobs.written_by_others, strategy):
+        assert equal(params, expected) and set(devices) == {"cpu"}
 
 
 @pytest.mark.parametrize(
