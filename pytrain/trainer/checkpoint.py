@@ -1,22 +1,16 @@
-"""Checkpoint files: written atomically, sealed with a checksum, read without running code, checked before loading.
-
-Layout: a plain torch.save archive, then a seal of 48 bytes: b"PTRNCKPT", the archive's length (8 bytes, little
-endian), its SHA-256.
-"""
+"""The trainer's checkpoints: sealed files (see `pytrain.sealed`), what stands in them, checked before loading."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytrain.sealed import CheckpointError, read_checkpoint, write_checkpoint
 from pytrain.trainer.optimizers import OptimizerSetup
 
 FORMAT = 2
@@ -27,79 +21,8 @@ KEYS = frozenset(
     }
 )  # fmt: skip
 NAMES = {"scaler": "a loss scaler", "ema": "weight averages"}
-_MAGIC = b"PTRNCKPT"
-_SEAL_BYTES = len(_MAGIC) + 8 + 32
-_CHUNK = 1 << 20
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, is damaged, or does not fit what it is loaded into."""
-
-
-class _HashingFile(io.RawIOBase):
-    """A write-only file that hashes and counts what passes through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.length = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.length += len(data)
-        return self._file.write(data)
-
-    def seal(self) -> bytes:
-        return _MAGIC + self.length.to_bytes(8, "little") + self.digest.digest()
-
-
-def write_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
-    """Write `payload` to `path` so that the path holds the old file or the new one, never a part.
-
-    Raises:
-        CheckpointError: the payload holds an object that cannot be read back without running code.
-        OSError: the file cannot be written; what stood at `path` is untouched.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            archive = _HashingFile(file)
-            torch.save(dict(payload), cast("IO[bytes]", archive))
-            file.flush()
-            file.seek(0)
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-            if unsafe:
-                raise CheckpointError(
-                    f"cannot save {path}: the state holds objects of {sorted(unsafe)}, which could not be loaded back "
-                    "safely; keep only tensors, numbers, strings and containers of them in module, optimizer and "
-                    "scheduler state"
-                )
-            file.seek(0, os.SEEK_END)
-            file.write(archive.seal())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut (POSIX; elsewhere the system offers no such call)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+__all__ = ["CheckpointError", "CheckpointFolder", "check_fits", "load_checkpoint", "write_checkpoint"]
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,46 +34,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, no pytrain checkpoint or of another format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist or is not a file")
-    with open(path, "rb") as file:
-        _verify_seal(file, path)
-        file.seek(0)
-        try:
-            payload = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"checkpoint {path} holds objects that are not safe to load: {error}") from error
+    payload = read_checkpoint(path)
     found = payload.get("format") if isinstance(payload, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {found!r}, this version of pytrain reads format {FORMAT}")
     _check_keys(f"checkpoint {path}", KEYS, payload)
     return dict(payload)
-
-
-def _verify_seal(file: BinaryIO, path: Path) -> None:
-    advice = "use an earlier checkpoint, or start again from the beginning"
-    length = max(0, file.seek(0, os.SEEK_END) - _SEAL_BYTES)
-    file.seek(length)
-    seal = file.read()
-    if len(seal) != _SEAL_BYTES or not seal.startswith(_MAGIC):
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: its end mark is missing, so it was cut short (or pytrain did not write "
-            f"it); {advice}"
-        )
-    expected_length = int.from_bytes(seal[len(_MAGIC) : len(_MAGIC) + 8], "little")
-    if expected_length != length:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: it holds {length} bytes, {expected_length} were written; {advice}"
-        )
-    file.seek(0)
-    digest = hashlib.sha256()
-    while length > 0:
-        chunk = file.read(min(_CHUNK, length))
-        digest.update(chunk)
-        length -= len(chunk)
-    if digest.digest() != seal[-32:]:
-        raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its checksum; {advice}")
 
 
 def check_fits(
