@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,15 @@ REDUCE_DTYPES = (torch.float32, torch.bfloat16)
 T = TypeVar("T")
 
 
+class Share(NamedTuple):
+    """A parameter of a rank's optimizer: elements `begin` to `end` of `owner`, in the order of its memory."""
+
+    param: Tensor
+    owner: Tensor
+    begin: int
+    end: int
+
+
 class Strategy(ABC):
     """How a model is trained on several ranks; all that a trainer knows of it is this class.
 
@@ -37,6 +46,7 @@ class Strategy(ABC):
     Attributes:
         ranks: the process group.
         buckets: the gradients.
+        names: those of the optimizer's parameters in the module, a list a param group.
         stop: whether any rank has asked for it in the last step.
         more: whether any rank has a batch left, as of the last step; see `join`.
 
@@ -69,6 +79,7 @@ class Strategy(ABC):
             for k, p in enumerate(each["params"]):
                 if id(p) not in names:
                     raise ValueError(f"optimizer: param_groups[{i}]['params'][{k}] is no parameter of the module")
+        self.names = [[names[id(p)] for p in each["params"]] for each in optimizer.param_groups]
         self.ranks.check_alike("the model", describe(module, places))
         self.ranks.send_from_first([*module.parameters(), *module.buffers()])
         params = [p for p in module.parameters() if id(p) in places]
@@ -92,6 +103,14 @@ class Strategy(ABC):
     def align_bytes(self) -> int:
         """Where slots and shards start."""
         return ALIGN_BYTES
+
+    def shares(self) -> list[list[Share]]:
+        """What this rank's optimizer steps, a list a param group, in its order."""
+        return [[Share(p, p, 0, p.numel()) for p in each["params"]] for each in self.optimizer.param_groups]
+
+    def own_part(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of an optimizer's whole state. Raises ValueError where it does not fit."""
+        return dict(state_dict)
 
     @abstractmethod
     def _collect(self, flat: Tensor) -> Work | None:
@@ -159,6 +178,21 @@ class Strategy(ABC):
     def send_buffers(self) -> None:
         """Have the module's buffers (BatchNorm statistics) be those of rank 0 everywhere."""
         self.ranks.send_from_first(list(self.module.buffers()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's whole state, as one process has it, on every rank; all ranks must call this.
+
+        It loads into the same optimizer without a strategy, and into any strategy on any number of ranks.
+        """
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take this rank's part of a whole state.
+
+        Raises:
+            ValueError: the param groups do not match, or a state's shape is not its parameter's.
+        """
+        self.optimizer.load_state_dict(self.own_part(state_dict))
 
     def close(self) -> None:
         """Let the model go: gradients are each rank's own again."""

@@ -17,7 +17,7 @@ from pytrain.grads import ALIGN_BYTES, Bucket, Work
 from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, SUMSQ
 from pytrain.optim.storage import CODE_BLOCK, KEEPS, SCALE
-from pytrain.parallel.base import Strategy, check_total
+from pytrain.parallel.base import Share, Strategy, check_total
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step
 
@@ -182,13 +182,17 @@ class Zero1(Strategy):
             if work is not None:
                 work.wait()
 
+    def shares(self) -> list[list[Share]]:
+        """The pieces."""
+        each: list[list[Share]] = [[] for _ in self._whole]
+        for piece in self.pieces:
+            each[piece.group].append(Share(piece.param, piece.owner, piece.begin, piece.end))
+        return each
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's whole state, as one process has it, on every rank; all ranks must call this.
-
-        It loads into the same optimizer without shards, and with any number of them.
-        """
+        """As `Strategy.state_dict`: the pieces of all ranks, joined."""
         own = [(piece.number, piece.begin, self.optimizer.state.get(piece.param, {})) for piece in self.pieces]
         everyone: list[Any] = [None] * self.ranks.size
         dist.all_gather_object(everyone, own, group=self.ranks.group)
@@ -208,12 +212,8 @@ class Zero1(Strategy):
             first += len(whole)
         return saved
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take this rank's pieces of a whole state.
-
-        Raises:
-            ValueError: the param groups do not match, or a state's shape is not its parameter's.
-        """
+    def own_part(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of this rank's pieces."""
         groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(whole) for whole in self._whole]:
@@ -223,7 +223,7 @@ class Zero1(Strategy):
             )
         numbers = [number for group in groups for number in group["params"]]
         state: dict[int, dict[str, Any]] = {}
-        elementwise = {name for rule in self._optimizer.rules for name in rule.states} | {*KEEPS, "ema"}
+        per_element = elementwise(self._optimizer)
         cut_groups: list[dict[str, Any]] = []
         for index, group in enumerate(groups):
             own = [piece for piece in self.pieces if piece.group == index]
@@ -232,8 +232,8 @@ class Zero1(Strategy):
             for k, piece in enumerate(own):
                 whole = state_dict["state"].get(numbers[piece.number])
                 if whole:
-                    state[first + k] = _cut(piece, whole, elementwise)
-        self.optimizer.load_state_dict({"state": state, "param_groups": cut_groups})
+                    state[first + k] = _cut(piece, whole, per_element)
+        return {"state": state, "param_groups": cut_groups}
 
     def close(self) -> None:
         """Let the model and the optimizer go, which has its whole state again; all ranks must call this."""
@@ -336,7 +336,21 @@ def _check_optimizer(optimizer: Optimizer) -> FusedOptimizer:
     return optimizer
 
 
-def _is_scales(name: str, state: Mapping[str, Any]) -> bool:
+def elementwise(optimizer: Optimizer) -> set[str]:
+    """The states that have a number an element also where a parameter has no dimensions."""
+    rules = optimizer.rules if isinstance(optimizer, FusedOptimizer) else ()
+    return {name for rule in rules for name in rule.states} | {*KEEPS, "ema"}
+
+
+def code_blocks(begin: int, end: int) -> tuple[int, int]:
+    """Which blocks of 8-bit codes elements `begin` to `end` are."""
+    if begin % CODE_BLOCK:
+        raise ValueError("the state has 8-bit codes, and the optimizer was made without state_dtype='8bit'")
+    return begin // CODE_BLOCK, -(-end // CODE_BLOCK)
+
+
+def is_scales(name: str, state: Mapping[str, Any]) -> bool:
+    """Whether a state is the scales of another's 8-bit codes."""
     return name.endswith(SCALE) and name.removesuffix(SCALE) in state
 
 
@@ -349,7 +363,7 @@ def _join(param: Tensor, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict
             joined[name] = value
             continue
         flat = torch.cat([state[name] for _, state in parts])
-        whole = flat if _is_scales(name, parts[0][1]) else flat.as_strided(layout.shape, layout.stride())
+        whole = flat if is_scales(name, parts[0][1]) else flat.as_strided(layout.shape, layout.stride())
         joined[name] = whole if whole.device.type == "cpu" else whole.to(param.device)
     return joined
 
@@ -360,8 +374,8 @@ def _cut(piece: Piece, whole: Mapping[str, Any], elementwise: set[str]) -> dict[
     for name, value in whole.items():
         if not isinstance(value, Tensor) or (value.dim() == 0 and name not in elementwise):
             own[name] = value
-        elif _is_scales(name, whole):
-            own[name] = value[piece.begin // CODE_BLOCK : -(-piece.end // CODE_BLOCK)].clone()
+        elif is_scales(name, whole):
+            own[name] = value[slice(*code_blocks(piece.begin, piece.end))].clone()
         elif value.shape != piece.owner.shape:
             raise ValueError(
                 f"load_state_dict: state {name!r} of parameter {piece.number} has shape {tuple(value.shape)}, expected "
