@@ -195,7 +195,11 @@ class Strategy(ABC):
         self.optimizer.load_state_dict(self.own_part(state_dict))
 
     def close(self) -> None:
-        """Let the model go: gradients are each rank's own again."""
+        """Let the model go: gradients are each rank's own again; all ranks must call this."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """As `close` after an error: without the other ranks, and the optimizer stays as it is."""
         self.buckets.close()
         self.collectives.close()
 

@@ -65,6 +65,12 @@ class Ranks:
         """Start to fill a tensor with what another rank sends; returns what to wait for."""
         return dist.irecv(tensor, self._global(rank), group=self.group, tag=tag)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order; values are pickled."""
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
     def check_alike(self, what: str, facts: Sequence[str]) -> None:
         """Raise RuntimeError on all ranks where one of them has other facts; names the first difference."""
         digest = hashlib.sha256("\n".join(facts).encode()).digest()
@@ -73,8 +79,7 @@ class Ranks:
         dist.all_gather(everyone, own, group=self.group)
         if all(torch.equal(one, everyone[0]) for one in everyone):
             return
-        lists: list[Any] = [None] * self.size
-        dist.all_gather_object(lists, list(facts), group=self.group)
+        lists = self.gather(list(facts))
         for rank, other in enumerate(lists):
             for i in range(max(len(lists[0]), len(other))):
                 a, b = (one[i] if i < len(one) else "nothing" for one in (lists[0], other))

@@ -13,11 +13,12 @@ from torch import Tensor
 from pytrain.sealed import CheckpointError, read_checkpoint, write_checkpoint
 from pytrain.trainer.optimizers import OptimizerSetup
 
-FORMAT = 2
+FORMAT = 3
 KEYS = frozenset(
     {
         "format", "precision", "module", "optimizer", "scheduler", "scaler", "ema", "epoch", "global_step", "batch_idx",
         "skipped_steps", "skipped_in_a_row", "metrics_lines", "rng", "epoch_rng",
+        "data_seed",
     }
 )  # fmt: skip
 NAMES = {"scaler": "a loss scaler", "ema": "weight averages"}

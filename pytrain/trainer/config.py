@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from pytrain.trainer.precision import PRECISIONS
+from pytrain.trainer.ranks import STRATEGIES, Maker, StrategyName
 
 Precision = Literal["32", "bf16-mixed", "fp16-mixed"]
 ClipAlgorithm = Literal["norm", "value"]
@@ -38,6 +39,7 @@ class TrainerConfig:
     max_epochs: int | None
     max_steps: int | None
     precision: Precision
+    strategy: StrategyName | Maker
     accumulate_grad_batches: int
     gradient_clip_val: float | None
     gradient_clip_algorithm: ClipAlgorithm
@@ -64,6 +66,11 @@ class TrainerConfig:
             _check_bool(name, getattr(self, name))
         if self.precision not in PRECISIONS:
             raise ValueError(f"Trainer: precision must be one of {sorted(PRECISIONS)}, got {self.precision!r}")
+        if not (callable(self.strategy) or self.strategy in STRATEGIES):
+            raise ValueError(
+                f"Trainer: strategy must be one of {list(STRATEGIES)} or a callable (module, optimizer) -> "
+                f"pytrain.parallel.Strategy, got {self.strategy!r}"
+            )
         if self.gradient_clip_algorithm not in CLIP_ALGORITHMS:
             raise ValueError(
                 f"Trainer: gradient_clip_algorithm must be one of {list(CLIP_ALGORITHMS)}, "
@@ -83,6 +90,18 @@ class TrainerConfig:
             raise ValueError(
                 f"Trainer: checkpoint_every_n_steps={self.checkpoint_every_n_steps} needs enable_checkpointing=True"
             )
+
+    def alike(self) -> list[str]:
+        """What must be the same on all ranks."""
+        own = ("strategy", "default_root_dir", "enable_progress_bar")
+        return [f"{each.name}={getattr(self, each.name)!r}" for each in fields(self) if each.name not in own]
+
+    def total_steps(self, length: int | None) -> int | None:
+        """Return the applied step at which a run will end, as far as it is known; `length` is in batches an epoch."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.max_epochs is not None and length is not None:
+            limits.append(self.max_epochs * -(-length // self.accumulate_grad_batches))
+        return min(limits, default=None)
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -48,19 +48,20 @@ def read_optimizers(returned: Any) -> OptimizerSetup:
     return OptimizerSetup(optimizer, scheduler, interval, monitor)
 
 
-def check_release(optimizer: Optimizer, config: TrainerConfig) -> None:
+def check_release(optimizer: Optimizer, config: TrainerConfig, strategy: str) -> None:
     """Raise ValueError where an optimizer that steps in backward meets a setting that needs all gradients together."""
     storage = getattr(optimizer, "storage", None)
     if not getattr(storage, "in_backward", False):
         return
-    for name, value, plain in (
-        ("gradient_clip_val", config.gradient_clip_val, None),
-        ("accumulate_grad_batches", config.accumulate_grad_batches, 1),
-        ("precision", config.precision, config.precision if config.precision != "fp16-mixed" else None),
+    for setting, released in (
+        (f"gradient_clip_val={config.gradient_clip_val!r}", config.gradient_clip_val is None),
+        (f"accumulate_grad_batches={config.accumulate_grad_batches!r}", config.accumulate_grad_batches == 1),
+        (f"precision={config.precision!r}", config.precision != "fp16-mixed"),
+        (strategy, strategy == "strategy='single'"),
     ):
-        if value != plain:
+        if not released:
             raise ValueError(
-                f"Trainer: {name}={value!r} needs all gradients of a step together, but the optimizer was made with "
+                f"Trainer: {setting} needs all gradients of a step together, but the optimizer was made with "
                 "step_in_backward=True and frees each as it arrives; leave one of the two out"
             )
 

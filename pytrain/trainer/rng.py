@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pytrain.trainer.ranks import Team
+
 
 def seed_all(seed: int) -> None:
     """Seed torch (all devices), python's random and, where it is loaded, numpy."""
@@ -18,6 +20,12 @@ def seed_all(seed: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed)
+
+
+def order_seed(loader: Iterable[Any], seed: int | None) -> int:
+    """Return the seed of an order that ranks share: that of the loader's own generator, else `seed`, else 0."""
+    generators = _loader_generators(loader)
+    return generators[0].initial_seed() % 2**63 if generators else seed or 0
 
 
 def capture_rng(device: torch.device, loader: Iterable[Any]) -> dict[str, Any]:
@@ -67,6 +75,25 @@ def restore_rng(state: dict[str, Any], loader: Iterable[Any]) -> None:
         saved = state["numpy"]
         keys = numpy.array(saved["keys"].tolist(), dtype="uint32")
         numpy.random.set_state((saved["kind"], keys, saved["position"], saved["has_gauss"], saved["cached"]))
+
+
+def restore_ranks_rng(
+    saved: dict[str, Any], team: Team, loader: Iterable[Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Put back this rank's random states of a checkpoint, or seed them anew where it was taken on fewer ranks.
+
+    Returns:
+        These states, and those of the epoch's start; None where the checkpoint has none.
+    """
+    count, states = len(saved["rng"]), saved["rng"]
+    if count != team.size:
+        new = f"; the random states of ranks {count} to {team.size - 1} are seeded anew" if count < team.size else ""
+        team.say(f"the checkpoint was taken on {count} ranks, this run has {team.size}{new}")
+    if team.rank >= count:
+        seed_all(team.seed_of(saved["data_seed"], saved["global_step"]))
+        return None, None
+    restore_rng(states[team.rank], loader)
+    return states[team.rank], saved["epoch_rng"][team.rank]
 
 
 @contextmanager

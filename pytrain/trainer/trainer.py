@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,20 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pytrain.amp import LossScaler, name_of
 from pytrain.ema import EMA
 from pytrain.steps import StepInfo
-from pytrain.steps import step as pytrain_step
 from pytrain.trainer.checkpoint import FORMAT, CheckpointFolder, check_fits, load_checkpoint, write_checkpoint
 from pytrain.trainer.config import ClipAlgorithm, Precision, TrainerConfig
-from pytrain.trainer.data import loader_length, no_batch_message, skip_batches, start_epoch
+from pytrain.trainer.data import loader_length, no_batch_message, share_out, skip_batches, start_epoch, with_ends
 from pytrain.trainer.loggers import JsonLinesLogger
 from pytrain.trainer.module import Module
 from pytrain.trainer.optimizers import OptimizerSetup, check_release, read_optimizers
 from pytrain.trainer.precision import PRECISIONS
 from pytrain.trainer.progress import Progress, format_metrics, make_progress
-from pytrain.trainer.rng import capture_rng, restore_rng, seed_all
+from pytrain.trainer.ranks import Alone, Maker, StrategyName, Team, open_team
+from pytrain.trainer.rng import capture_rng, order_seed, restore_ranks_rng, restore_rng, seed_all
 from pytrain.trainer.validation import validate
+
+if TYPE_CHECKING:
+    from pytrain.parallel import Strategy
 
 MAX_SKIPS_IN_A_ROW = 64  # as LossScaler has it
 
@@ -39,6 +42,8 @@ class _Run:
 
     module: Module
     device: torch.device
+    team: Team
+    strategy: Alone | Strategy
     setup: OptimizerSetup
     scaler: LossScaler | None
     ema: EMA | None
@@ -46,14 +51,29 @@ class _Run:
     val_loader: Iterable[Any] | None
     length: int | None
     checkpoints: CheckpointFolder
-    logger: JsonLinesLogger
+    logger: JsonLinesLogger | None
     progress: Progress | None
     started: float
     skipped_in_a_row: int
     epoch_rng: dict[str, Any] | None
     resume_rng: dict[str, Any] | None
-    batches: Iterator[Any] = field(default_factory=lambda: iter(()))
+    data_seed: int
+    batches: Iterator[tuple[Any, bool]] = field(default_factory=lambda: iter(()))
     inside_window: bool = False
+    last_rng: list[Any] | None = None
+
+    def random_states(self) -> list[tuple[Any, Any]]:
+        """Every rank's random states now and at the epoch's start; after the run's end those that it had then."""
+        if self.last_rng is not None:
+            return self.last_rng
+        return self.team.gather((capture_rng(self.device, self.train_loader), self.epoch_rng))
+
+    def let_go(self) -> None:
+        """The run has come to its end: the optimizer is whole again, and needs no other rank."""
+        self.strategy.send_buffers()
+        self.last_rng = self.random_states()
+        self.strategy.close()
+        self.strategy = Alone(self.setup.optimizer)
 
     def close(self) -> None:
         """Let go of the terminal, the file and the loader's workers."""
@@ -69,12 +89,17 @@ class Trainer:
     Args:
         max_epochs: stop after this many epochs, >= 1; None: no limit.
         max_steps: stop after this many applied optimizer steps, >= 1; None: no limit. One of the two is needed.
+        strategy: "auto" is "ddp" where there is more than one rank (torchrun has started several, or
+            torch.distributed is initialized), else "single": this process alone. "ddp", "zero1" and "zero2" are those
+            of `pytrain.parallel`, also on one rank; others, or with options, by a callable (module, optimizer) ->
+            Strategy.
         precision: "32", "bf16-mixed" (autocast) or "fp16-mixed" (autocast and a loss scale), on any device.
         accumulate_grad_batches: micro-batches a step, >= 1; the last, shorter window of an epoch divides by its own
             length.
         gradient_clip_val: limit for the unscaled gradient, > 0; None: no clipping.
         gradient_clip_algorithm: "norm" (of all gradients together) or "value" (of each element).
-        seed: seeds torch, python and numpy when `fit` starts anew, 0 to 2**32 - 1; None: they are left alone.
+        seed: seeds torch, python and numpy when `fit` starts anew, 0 to 2**32 - 1, the same on all ranks until there
+            is an optimizer and differently from there on; None: they are left alone.
         log_every_n_steps: applied steps between two lines of metrics, >= 1; an epoch's last step is written too.
         default_root_dir: folder of `metrics.jsonl` and `checkpoints/`.
         enable_progress_bar: show a bar (plain lines where stdout is not a terminal).
@@ -101,6 +126,7 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        strategy: StrategyName | Maker = "auto",
         precision: Precision = "32",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -117,6 +143,7 @@ class Trainer:
         self.config = TrainerConfig(
             max_epochs=max_epochs,
             max_steps=max_steps,
+            strategy=strategy,
             precision=precision,
             accumulate_grad_batches=accumulate_grad_batches,
             gradient_clip_val=gradient_clip_val,
@@ -146,7 +173,8 @@ class Trainer:
 
         Args:
             module: trained in place, on the device where its parameters are.
-            train_dataloader: an iterable of batches that can be iterated once an epoch.
+            train_dataloader: an iterable of batches that can be iterated once an epoch. On several ranks a DataLoader
+                with torch's own samplers is shared out; what any other gives is this rank's part.
             val_dataloader: batches for `validation_step`, run after every epoch and at the end.
             ckpt_path: a checkpoint to go on from, bit for bit; "last" is the newest in `default_root_dir`, or a
                 fresh start where there is none.
@@ -155,22 +183,28 @@ class Trainer:
             TypeError, ValueError: module or loaders are unfit, or the module's methods return unfit values.
             NotImplementedError: the module has several optimizers, or lacks a method.
             CheckpointError: the checkpoint is damaged or does not fit.
+            RuntimeError: the ranks' models, settings, checkpoints or numbers of batches differ; see `pytrain.parallel`.
             FloatingPointError: 64 steps in a row met an inf or nan, the last at the lowest loss scale if there is one.
         """
-        run = self._run = self._start(module, train_dataloader, val_dataloader, ckpt_path)
-        try:
-            while not self._finished():
-                epoch_complete = self._train_epoch(run)
-                metrics = self._validate(run)
-                if epoch_complete:
-                    self._end_epoch(run, metrics)
-                if self.config.enable_checkpointing:
-                    run.checkpoints.save(self.global_step, self._state(run))
-        finally:
-            run.close()
+        device = _check_fit(module, train_dataloader, val_dataloader)
+        with open_team(self.config.strategy, device) as team:
+            run = self._run = self._start(team, device, module, train_dataloader, val_dataloader, ckpt_path)
+            try:
+                while not self._finished():
+                    epoch_complete = self._train_epoch(run)
+                    metrics = self._validate(run)
+                    if epoch_complete:
+                        self._end_epoch(run, metrics)
+                    if self.config.enable_checkpointing:
+                        self._save(run)
+                run.let_go()
+            finally:
+                run.close()
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the state of the run, from which `fit(..., ckpt_path=path)` goes on bit for bit.
+
+        Rank 0 writes; all ranks must call this.
 
         Args:
             path: the file; replaced atomically where it exists.
@@ -181,7 +215,14 @@ class Trainer:
         """
         if self._run is None:
             raise RuntimeError("save_checkpoint: there is nothing to save before fit")
-        write_checkpoint(path, self._state(self._run))
+        state = self._state(self._run)
+        if self._run.team.rank == 0:
+            write_checkpoint(path, state)
+
+    def _save(self, run: _Run) -> None:
+        state = self._state(run)
+        if run.team.rank == 0:
+            run.checkpoints.save(self.global_step, state)
 
     def _finished(self) -> bool:
         config = self.config
@@ -194,18 +235,25 @@ class Trainer:
         training_step = PRECISIONS[config.precision].wrap(run.module.training_step, run.device.type)
         clip = _clip_arguments(config.gradient_clip_val, config.gradient_clip_algorithm)
         schedule = run.setup.scheduler if run.setup.interval == "step" else None
+        strategy, options = run.strategy, {"schedule": schedule, "ema": run.ema, **clip}
+        weight = strategy.weight if isinstance(strategy, Alone) else "weight"
         self._open_batches(run)
         first, micro, loss, step = self.batch_idx, 1, torch.zeros(()), None
 
         while self.global_step != config.max_steps:
-            # One window: the gradients of up to `accumulate` micro-batches, summed up.
+            # One window: the gradients of up to `accumulate` micro-batches, summed up, with the last also over ranks.
             run.inside_window = True
             optimizer.zero_grad(set_to_none=True)
             micro = 0
-            for batch in islice(run.batches, accumulate):
+            for batch, last in islice(run.batches, accumulate):
                 output = training_step(batch, self.batch_idx + micro)
                 part = output if type(output) is Tensor else _loss_of(output)
-                (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+                scaled = part if scaler is None else scaler.scale(part)
+                if last:
+                    scaled.backward()  # type: ignore[no-untyped-call]
+                else:
+                    with strategy.accumulate(last=False):
+                        scaled.backward()  # type: ignore[no-untyped-call]
                 loss = part.detach() if micro == 0 else loss + part.detach()
                 micro += 1
             if micro == 0:
@@ -215,7 +263,8 @@ class Trainer:
 
             # One step: check, unscale, divide and clip the gradients; parameters, averages, loss scale, schedule. A
             # skipped step is no step: besides the loss scale nothing moves, neither the schedule nor the step count.
-            step = pytrain_step(optimizer, scaler, grad_divisor=micro, schedule=schedule, ema=run.ema, **clip)
+            options[weight] = micro
+            step = strategy.step(scaler, **options)
             self.batch_idx += micro
             run.inside_window = False
             if not step.applied or getattr(optimizer, "step_was_skipped", False):
@@ -226,7 +275,7 @@ class Trainer:
                 if self.global_step % config.log_every_n_steps == 0:
                     self._log(run, loss, step)
                 if save_every is not None and self.global_step % save_every == 0:
-                    run.checkpoints.save(self.global_step, self._state(run))
+                    self._save(run)
             if progress is not None and perf_counter() >= progress.next_draw:
                 progress.draw(epoch=self.current_epoch, step=self.global_step, loss=loss.item())
 
@@ -241,16 +290,21 @@ class Trainer:
 
     def _open_batches(self, run: _Run) -> None:
         """Start the epoch's batches; in a resumed epoch, draw and drop those already trained on."""
-        loader = run.train_loader
-        if self.batch_idx > 0 and run.epoch_rng is not None and run.resume_rng is not None:
+        loader, resumed = run.train_loader, self.batch_idx > 0
+        if resumed and run.epoch_rng is not None:
             # Their order follows from the random states at the epoch's start, which the checkpoint holds.
             restore_rng(run.epoch_rng, loader)
-            run.batches = start_epoch(loader, self.current_epoch, run.device)
-            skip_batches(run.batches, self.batch_idx)
-            restore_rng(run.resume_rng, loader)
         else:
             run.epoch_rng = capture_rng(run.device, loader)
-            run.batches = start_epoch(loader, self.current_epoch, run.device)
+        batches = start_epoch(loader, self.current_epoch, run.device)
+        if resumed:
+            skip_batches(batches, self.batch_idx)
+            if run.resume_rng is not None:  # else the saved run had not this rank
+                restore_rng(run.resume_rng, loader)
+        if run.length is None and run.team.size > 1:
+            batches = run.team.while_all_have(batches)
+        ahead = self.config.accumulate_grad_batches if run.team.ranks is not None else 1
+        run.batches = zip(batches, repeat(True)) if ahead == 1 else with_ends(batches, ahead)
 
     def _count_skip(self, run: _Run, step: StepInfo) -> None:
         self.skipped_steps += 1
@@ -263,15 +317,21 @@ class Trainer:
             )
 
     def _log(self, run: _Run, loss: Tensor, step: StepInfo | None) -> None:
-        """Write the metrics of the window just done. Besides progress, the only place that waits for the device."""
-        metrics = {"loss": loss.item(), "lr": float(run.setup.optimizer.param_groups[0]["lr"])}
+        """Write the metrics of the window just done. Besides progress, the only place that waits for the device.
+
+        The loss is the mean over the ranks, all else rank 0's.
+        """
+        logged, mean = run.module.take_logged(), run.team.mean(loss.item())
+        if run.logger is None:
+            return
+        metrics = {"loss": mean, "lr": float(run.setup.optimizer.param_groups[0]["lr"])}
         if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
             metrics["grad_norm"] = step.grad_norm.item()
         if run.scaler is not None:
             metrics["loss_scale"] = run.scaler.get_scale()
         metrics["skipped_steps"] = self.skipped_steps
         metrics["seconds"] = round(perf_counter() - run.started, 3)
-        for name, value in run.module.take_logged().items():
+        for name, value in logged.items():
             metrics[name] = value.item() if isinstance(value, Tensor) else value
         run.logger.log(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
 
@@ -280,9 +340,11 @@ class Trainer:
         if run.val_loader is None:
             return {}
         step = PRECISIONS[self.config.precision].wrap(run.module.validation_step, run.device.type)
+        run.strategy.send_buffers()
         with run.ema.swap() if run.ema is not None and run.ema.n_averaged else nullcontext():
-            metrics = validate(run.module, step, run.val_loader, run.device)
-        run.logger.log(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
+            metrics = validate(run.module, step, run.val_loader, run.device, run.team)
+        if run.logger is not None:
+            run.logger.log(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
         if run.progress is not None:
             run.progress.message(f"epoch {self.current_epoch + 1}  validation  {format_metrics(metrics)}")
         return metrics
@@ -303,6 +365,8 @@ class Trainer:
 
     def _start(
         self,
+        team: Team,
+        device: torch.device,
         module: Module,
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None,
@@ -310,30 +374,45 @@ class Trainer:
     ) -> _Run:
         """Check what `fit` was given and build the run, fresh or from a checkpoint."""
         config = self.config
-        device = _check_fit(module, train_loader, val_loader)
+        team.check_alike("the Trainer's configuration", config.alike())
         checkpoints = CheckpointFolder(config.checkpoint_dir, config.keep_checkpoints)
-        path = checkpoints.newest() if ckpt_path == "last" else ckpt_path
+        path = team.gather(checkpoints.newest() if ckpt_path == "last" else ckpt_path)[0]
         saved = None if path is None else load_checkpoint(path)
         if saved is None and config.seed is not None:
             seed_all(config.seed)
         setup = read_optimizers(module.configure_optimizers())
-        check_release(setup.optimizer, config)
+        check_release(setup.optimizer, config, team.name)
         scaler = PRECISIONS[config.precision].make_scaler()
+        if saved is not None:
+            average, precision = config.ema_decay, config.precision
+            check_fits(path, saved, module=module, setup=setup, precision=precision, scaler=scaler, ema=average)
+            team.check_alike("the checkpoint", [f"{key} {saved[key]}" for key in ("epoch", "global_step", "batch_idx")])
+        seed = order_seed(train_loader, config.seed) if saved is None else saved["data_seed"]
+        seed = team.gather(seed)[0]
+        train_loader = share_out(team, "train_dataloader", train_loader, seed)
+        val_loader = None if val_loader is None else share_out(team, "val_dataloader", val_loader, None)
+        length = loader_length(train_loader)
+        team.check_alike("the number of batches an epoch", ["unknown" if length is None else f"{length} batches"])
+        strategy = team.strategy(module, setup.optimizer)
         self.ema = None if config.ema_decay is None else EMA(module, config.ema_decay)
         if not module.training:
             module.train()
-        if saved is None or path is None:
+        own_rng, epoch_rng = None, None
+        if saved is None:
             self.current_epoch = self.global_step = self.batch_idx = self.skipped_steps = 0
+            if config.seed is not None and team.rank > 0:
+                seed_all(team.seed_of(config.seed))
         else:
-            check_fits(path, saved, module=module, setup=setup, precision=config.precision, scaler=scaler, ema=self.ema)
-            self._restore(saved, module, setup, scaler)
+            self._restore(saved, module, setup, scaler, strategy)
             checkpoints.adopt(Path(path))
-            restore_rng(saved["rng"], train_loader)
-        length = loader_length(train_loader)
-        total = _total_steps(config, length)
+            own_rng, epoch_rng = restore_ranks_rng(saved, team, train_loader)
+        total, lines = config.total_steps(length), None if saved is None else saved["metrics_lines"]
+        first = team.rank == 0
         return _Run(
             module=module,
             device=device,
+            team=team,
+            strategy=strategy,
             setup=setup,
             scaler=scaler,
             ema=self.ema,
@@ -341,12 +420,13 @@ class Trainer:
             val_loader=val_loader,
             length=length,
             checkpoints=checkpoints,
-            logger=JsonLinesLogger(config.metrics_path, keep_lines=None if saved is None else saved["metrics_lines"]),
-            progress=make_progress(self.global_step, total) if config.enable_progress_bar else None,
+            logger=JsonLinesLogger(config.metrics_path, keep_lines=lines) if first else None,
+            progress=make_progress(self.global_step, total) if first and config.enable_progress_bar else None,
             started=perf_counter(),
             skipped_in_a_row=0 if saved is None else saved["skipped_in_a_row"],
-            epoch_rng=None if saved is None else saved["epoch_rng"],
-            resume_rng=None if saved is None else saved["rng"],
+            epoch_rng=epoch_rng,
+            resume_rng=own_rng,
+            data_seed=seed,
         )
 
     def _state(self, run: _Run) -> dict[str, Any]:
@@ -354,11 +434,13 @@ class Trainer:
         if run.inside_window:
             raise RuntimeError("a checkpoint can only be taken between optimizer steps, and one is under way")
         scheduler, scaler = run.setup.scheduler, run.scaler
+        run.strategy.send_buffers()
+        states = run.random_states()
         return {
             "format": FORMAT,
             "precision": self.config.precision,
             "module": run.module.state_dict(),
-            "optimizer": run.setup.optimizer.state_dict(),
+            "optimizer": run.strategy.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if run.ema is None else run.ema.state_dict(),
@@ -367,15 +449,23 @@ class Trainer:
             "batch_idx": self.batch_idx,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": run.skipped_in_a_row,
-            "metrics_lines": run.logger.lines,
-            "rng": capture_rng(run.device, run.train_loader),
-            "epoch_rng": run.epoch_rng,
+            "metrics_lines": 0 if run.logger is None else run.logger.lines,
+            "rng": [now for now, _ in states],
+            "epoch_rng": [start for _, start in states],
+            "data_seed": run.data_seed,
         }
 
-    def _restore(self, saved: dict[str, Any], module: Module, setup: OptimizerSetup, scaler: LossScaler | None) -> None:
+    def _restore(
+        self,
+        saved: dict[str, Any],
+        module: Module,
+        setup: OptimizerSetup,
+        scaler: LossScaler | None,
+        strategy: Alone | Strategy,
+    ) -> None:
         """Put back what `_state` returned, but for the random states."""
         module.load_state_dict(saved["module"])
-        setup.optimizer.load_state_dict(saved["optimizer"])
+        strategy.load_state_dict(saved["optimizer"])
         if setup.scheduler is not None:
             setup.scheduler.load_state_dict(saved["scheduler"])
         if scaler is not None:
@@ -415,11 +505,3 @@ def _clip_arguments(value: float | None, algorithm: ClipAlgorithm) -> dict[str, 
     if value is None:
         return {}
     return {"max_norm": float(value)} if algorithm == "norm" else {"clip_value": float(value)}
-
-
-def _total_steps(config: TrainerConfig, length: int | None) -> int | None:
-    """Return the applied step at which the run will end, as far as it is known before."""
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.max_epochs is not None and length is not None:
-        limits.append(config.max_epochs * -(-length // config.accumulate_grad_batches))
-    return min(limits, default=None)

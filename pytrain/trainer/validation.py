@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pytrain.trainer.data import batch_size, no_batch_message, to_device
 from pytrain.trainer.module import Module
+from pytrain.trainer.ranks import Team
 from pytrain.trainer.rng import preserved_rng
 
 
@@ -19,8 +20,9 @@ def validate(
     validation_step: Callable[[Any, int], Tensor | None],
     loader: Iterable[Any],
     device: torch.device,
+    team: Team,
 ) -> dict[str, float]:
-    """Return the mean of each logged metric over the loader's batches, weighted by batch size.
+    """Return the mean of each logged metric over the loader's batches on all ranks, weighted by batch size.
 
     Runs in eval mode and without gradients; afterwards the mode of every submodule and all random states are what
     they were, so that training goes the same way with validation and without.
@@ -52,14 +54,17 @@ def validate(
         for part, training in modes:
             part.training = training
         module.take_logged()
-    if count == 0:
+    own = {name: [(float(value) * size, size) for value, size in pairs] for name, pairs in values.items()}
+    everyone = team.gather((count, own))
+    if not any(number for number, _ in everyone):
         raise ValueError(no_batch_message("val_dataloader", loader))
-    return {name: _weighted_mean(pairs) for name, pairs in values.items()}
+    names = dict.fromkeys(name for _, found in everyone for name in found)
+    return {name: _mean([pair for _, found in everyone for pair in found.get(name, ())]) for name in names}
 
 
-def _weighted_mean(pairs: list[tuple[Tensor | float, int]]) -> float:
-    total = sum(size for _, size in pairs)
-    products = [float(value) * size for value, size in pairs]
+def _mean(pairs: list[tuple[float, int]]) -> float:
+    """Return the sum of all products over the sum of all sizes: the same bits in whatever parts they came."""
+    products, total = [product for product, _ in pairs], sum(size for _, size in pairs)
     if not all(map(math.isfinite, products)):
         return sum(products) / total  # fsum refuses inf - inf; a plain sum says nan
     return math.fsum(products) / total

@@ -96,7 +96,7 @@ def test_reading_never_runs_code_from_the_file(tmp_path: Path, monkeypatch: pyte
 def test_another_format_and_wrong_top_level_keys_are_named(tmp_path: Path, checkpoint: Path) -> None:
     payload = load_checkpoint(checkpoint)
     write_checkpoint(tmp_path / "a.ckpt", {**payload, "format": 99})
-    with pytest.raises(CheckpointError, match="format 99, this version of pytrain reads format 2"):
+    with pytest.raises(CheckpointError, match="format 99, this version of pytrain reads format 3"):
         load_checkpoint(tmp_path / "a.ckpt")
     payload["extra"] = payload.pop("rng")
     write_checkpoint(tmp_path / "b.ckpt", payload)

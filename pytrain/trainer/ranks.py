@@ -1,0 +1,176 @@
+"""Who trains: this process alone or the ranks of torch.distributed, and the strategy that steps."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from pytrain.steps import step as pytrain_step
+
+if TYPE_CHECKING:
+    from pytrain.parallel import Ranks, Strategy
+
+StrategyName = Literal["auto", "single", "ddp", "zero1", "zero2"]
+STRATEGIES = get_args(StrategyName)
+_starts = count()
+
+
+class Alone:
+    """What the trainer knows of a `pytrain.parallel.Strategy`, for one process: a step is `pytrain.step` itself."""
+
+    stop = False
+    weight = "grad_divisor"  # pytrain.step's name for it
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.step = partial(pytrain_step, optimizer)
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients add up as autograd has them."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """There is nobody to send to, and nothing to let go."""
+
+    send_buffers = close
+
+
+Maker: TypeAlias = "Callable[[torch.nn.Module, Optimizer], Strategy]"
+
+
+@dataclass
+class Team:
+    """This process alone (`ranks` is None), or the ranks of the default process group.
+
+    Args:
+        name: the strategy, as errors call it.
+        make: how it is made; None: this process is alone.
+    """
+
+    name: str
+    make: Maker | None = None
+    ranks: Ranks | None = None
+    rank: int = 0
+    size: int = 1
+    made: Strategy | None = None
+
+    def strategy(self, module: torch.nn.Module, optimizer: Optimizer) -> Alone | Strategy:
+        """Make the strategy, once.
+
+        Raises:
+            TypeError: the callable that the trainer was given returned something else.
+        """
+        if self.make is None:
+            return Alone(optimizer)
+        from pytrain.parallel import Strategy
+
+        module.zero_grad(set_to_none=True)  # the optimizer's may be of pieces from here on
+        made = self.make(module, optimizer)
+        if not isinstance(made, Strategy):
+            raise TypeError(
+                f"Trainer: strategy must return a pytrain.parallel.Strategy, {self.name} returned {type(made).__name__}"
+            )
+        self.made = made
+        return made
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order."""
+        return [value] if self.ranks is None else self.ranks.gather(value)
+
+    def mean(self, value: float) -> float:
+        """The mean over the ranks."""
+        return value if self.ranks is None else self.ranks.sum([value])[0] / self.size
+
+    def check_alike(self, what: str, facts: Sequence[str]) -> None:
+        """Raise RuntimeError on all ranks where one of them has other facts."""
+        if self.ranks is not None:
+            self.ranks.check_alike(what, facts)
+
+    def while_all_have(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """An epoch of unknown length ends for all ranks where the first has no more; costs a small sum a batch."""
+        nothing = object()
+        while self.mean(float((batch := next(batches, nothing)) is not nothing)) == 1.0:
+            yield batch
+
+    def say(self, text: str) -> None:
+        """Print one line, on rank 0."""
+        if self.rank == 0:
+            print(f"pytrain: {text}", file=sys.stderr, flush=True)
+
+    def seed_of(self, *words: object) -> int:
+        """A seed of this rank's own, 0 to 2**32 - 1, which depends on the words."""
+        return int.from_bytes(hashlib.sha256(repr((self.rank, *words)).encode()).digest()[:4], "little")
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has said which of several processes this is."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def open_team(strategy: StrategyName | Maker, device: torch.device) -> Iterator[Team]:
+    """Find the ranks, or start torch.distributed as torchrun's environment says; what was started ends here again.
+
+    Args:
+        strategy: as `Trainer` has it.
+        device: of the module; picks nccl for CUDA and gloo for all else.
+
+    Raises:
+        RuntimeError: torch has no torch.distributed.
+    """
+    there = dist.is_available() and dist.is_initialized()
+    if strategy == "auto":
+        several = dist.get_world_size() > 1 if there else under_torchrun()
+        strategy = "ddp" if several else "single"
+    if strategy == "single":
+        yield Team("strategy='single'")
+        return
+    if not dist.is_available():
+        raise RuntimeError(
+            f"Trainer: strategy={strategy!r} needs torch.distributed, which this torch was built without"
+        )
+    if not there:
+        _start(device)
+    team = Team("")
+    try:
+        from pytrain import parallel
+
+        name = f"strategy={strategy!r}" if isinstance(strategy, str) else "strategy=a callable"
+        kinds: dict[str, Maker] = {kind.name: kind for kind in (parallel.DDP, parallel.Zero1, parallel.Zero2)}
+        ranks = parallel.Ranks()
+        team = Team(name, kinds[strategy] if isinstance(strategy, str) else strategy, ranks, ranks.rank, ranks.size)
+        yield team
+    finally:
+        if team.made is not None:
+            team.made.abandon()  # closed already, but after an error
+        if not there:
+            dist.destroy_process_group()
+
+
+def _start(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = _meeting()
+    # Under a prefix of its own: a second start must not find where the first one's ranks were.
+    store = dist.PrefixStore(f"pytrain/{next(_starts)}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+
+
+@lru_cache(maxsize=1)
+def _meeting() -> tuple[Any, int, int]:
+    """The store where the ranks meet, this one's number and how many there are. Without a launcher: one."""
+    if not under_torchrun():
+        return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    meeting: tuple[Any, int, int] = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    return meeting
