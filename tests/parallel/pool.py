@@ -19,13 +19,13 @@ SIZE = 4
 SECONDS = 120.0  # until a function that does not come back fails its test
 
 
-def serve(rank: int, store: str, calls: Connection) -> None:
+def serve(rank: int, size: int, store: str, calls: Connection) -> None:
     """A rank's process: runs what comes, until nothing comes any more."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, SIZE + 1)}
+    groups = {n: dist.new_group(list(range(n))) for n in range(1, size + 1)}
     while True:
         try:
             function, n, args = calls.recv()
@@ -39,16 +39,16 @@ def serve(rank: int, store: str, calls: Connection) -> None:
 
 
 class Pool:
-    """SIZE ranks that wait for work."""
+    """Ranks that wait for work."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         self.folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(SIZE):
+        for rank in range(size):
             here, there = context.Pipe()
-            args = (rank, str(Path(self.folder.name) / "store"), there)
+            args = (rank, size, str(Path(self.folder.name) / "store"), there)
             process = context.Process(target=serve, args=args, daemon=True)
             process.start()
             there.close()
