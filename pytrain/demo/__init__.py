@@ -8,9 +8,14 @@ import os
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytrain.trainer.ranks import Team
 
 TASKS = ("digits", "gpt", "fashion")
 PROMPT = "def "
+ON_RANKS = ("ddp", "zero1", "zero2")
 
 
 def main(argv: list[str]) -> int:
@@ -22,10 +27,22 @@ def main(argv: list[str]) -> int:
     Returns:
         0 if every check passed; 1 if losses differ too much or a model is not good enough; 2 if it could not run.
     """
-    from pytrain.demo.data import DemoError
+    import torch
 
+    from pytrain.demo.data import DemoError
+    from pytrain.trainer.ranks import open_team, under_torchrun
+
+    args = _parse(argv)
     try:
-        return _run(_parse(argv), options=" ".join(argv))
+        if args.strategy is not None and not under_torchrun():
+            raise DemoError(
+                f"--strategy {args.strategy} trains on several ranks; start them with "
+                f"torchrun --nproc-per-node 2 -m pytrain demo {' '.join(argv)}"
+            )
+        if args.strategy is None:
+            args.strategy = "ddp" if under_torchrun() else "single"
+        with open_team(args.strategy, torch.device("cpu")) as team:
+            return int(team.gather(_run(args, team, options=" ".join(argv)))[0])
     except DemoError as error:
         print(f"pytrain demo: error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +61,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tasks", type=_tasks, default=TASKS, metavar="NAMES", help=f"some of {','.join(TASKS)} (all of them)"
     )
+    parser.add_argument(
+        "--strategy",
+        choices=ON_RANKS,
+        help="train pytrain's runs on the ranks that torchrun has started (ddp there, else in one process)",
+    )
     return parser.parse_args(argv)
 
 
@@ -61,7 +83,7 @@ def _tasks(text: str) -> tuple[str, ...]:
     return tuple(name for name in TASKS if name in names)
 
 
-def _run(args: argparse.Namespace, *, options: str) -> int:
+def _run(args: argparse.Namespace, team: Team, *, options: str) -> int:
     from pytrain.demo.data import DemoError, missing_extra
 
     started = perf_counter()
@@ -81,12 +103,18 @@ def _run(args: argparse.Namespace, *, options: str) -> int:
     from pytrain.demo.report import Sample, print_table, write_report
     from pytrain.demo.tasks import FASHION_MISSING, QUICK, make_task
 
+    def say(line: str) -> None:
+        if team.rank == 0:
+            print(line, flush=True)
+
     tasks, left_out = [], []
     for name in args.tasks:
         task = make_task(name, quick=args.quick, seed=args.seed, data_dir=args.data_dir)
         if task is None:
             left_out.append(FASHION_MISSING)
-            print(FASHION_MISSING)
+            say(FASHION_MISSING)
+        elif task.settings.batch % team.size:
+            raise DemoError(f"{name}: its batches of {task.settings.batch} do not divide by {team.size} ranks")
         else:
             tasks.append(task)
     if not tasks:
@@ -94,17 +122,21 @@ def _run(args: argparse.Namespace, *, options: str) -> int:
 
     comparisons, samples = [], []
     for task in tasks:
-        print(f"{task.name}: {task.title}; {task.about}")
-        comparisons.append(compare(task, seed=args.seed, report=lambda line: print(line, flush=True)))
+        say(f"{task.name}: {task.title}; {task.about}")
+        comparisons.append(compare(task, seed=args.seed, report=say, team=team, strategy=args.strategy))
         model = comparisons[-1].model
-        if isinstance(model, CharGPT):
+        if isinstance(model, CharGPT) and team.rank == 0:
             samples.append(Sample(task.name, write(model, PROMPT, length=200 if args.quick else 500, seed=args.seed)))
-    print_table(comparisons)
-    verdicts = [(one.task.name, verdict) for one in comparisons for verdict in one.verdicts()]
+    in_fp16 = []
     for task in tasks:
         if task.name == "digits":
             goal = QUICK["digits"].goal
-            verdicts += [("digits, fp16", verdict) for verdict in train_mixed(task, goal=goal, seed=args.seed)]
+            in_fp16 += train_mixed(task, goal=goal, seed=args.seed, team=team, strategy=args.strategy)
+    if team.rank > 0:
+        return 0  # the first has it all
+    print_table(comparisons)
+    verdicts = [(one.task.name, verdict) for one in comparisons for verdict in one.verdicts()]
+    verdicts += [("digits, fp16", verdict) for verdict in in_fp16]
     for name, verdict in verdicts:
         print(f"{'ok  ' if verdict.passed else 'FAIL'}  {name}: {verdict.text}")
     try:

@@ -1,16 +1,18 @@
 """Trains one task three times from the same weights on the same batches, turn by turn, and compares the runs.
 
 The runs are torch's fused AdamW in a plain loop, pytrain's AdamW in pytrain's trainer, and AdamW computed in fp64.
+Pytrain's may be on several ranks, each with its part of every batch; the others are one process' on the whole of it.
 The third is the yardstick: training amplifies rounding, so two correct optimizers drift apart, and how far torch's
 fp32 drifts from fp64 tells how far pytrain may be from torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
@@ -24,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import pytrain
 from pytrain.demo.tasks import Settings, Task, loss_of
 from pytrain.optim import FusedOptimizer
+from pytrain.trainer.ranks import StrategyName, Team
 
 TORCH, PYTRAIN, EXACT = "torch fused", "pytrain", "fp64 reference"
 TURN = 10  # steps in a row before another run takes over: noise from the machine then hits all runs alike
@@ -58,7 +61,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of one task, and pytrain's trained model."""
+    """The runs of one task, and pytrain's trained model; where ranks trained it, how, and whether theirs are alike."""
 
     task: Task
     torch: Run
@@ -67,6 +70,8 @@ class Comparison:
     model: nn.Module
     backend: str
     seconds: float
+    ranks: str = ""
+    alike: bool = True
 
     @property
     def runs(self) -> tuple[Run, Run, Run]:
@@ -106,6 +111,8 @@ class Comparison:
                     f"(expected at {'least' if unit == '%' else 'most'} {goal:g})",
                 )
             )
+        if self.ranks:
+            verdicts.append(Verdict(self.alike, f"{self.ranks}: all have the same parameters, to the bit"))
         return verdicts
 
 
@@ -127,13 +134,17 @@ def spread(seconds: list[float]) -> tuple[float, float]:
     return 1e3 * cuts[0], 1e3 * cuts[-1]
 
 
-def compare(task: Task, *, seed: int, report: Callable[[str], None]) -> Comparison:
+def compare(
+    task: Task, *, seed: int, report: Callable[[str], None], team: Team, strategy: StrategyName = "single"
+) -> Comparison:
     """Train a task with torch and with pytrain, and measure both.
 
     Args:
         task: what to train.
         seed: of the initial weights; 0 to 2**32 - 1.
         report: gets one line of progress a few times.
+        team: the ranks that pytrain's run is on, of which the first has torch's runs and the right result.
+        strategy: how they train.
     """
     started = perf_counter()
     torch.manual_seed(seed)
@@ -149,19 +160,34 @@ def compare(task: Task, *, seed: int, report: Callable[[str], None]) -> Comparis
         torch_loop(task, exact_model, adamw_in_double(exact_model, hyper), exact),
     ]
     module = _Compared(task, model, ours)
+    part = replace(task, batches=task.batches.part(team.rank, team.size))
     with TemporaryDirectory() as folder:
         trainer = pytrain.Trainer(
             max_steps=hyper.steps,
+            strategy=strategy,
             seed=seed,
             enable_progress_bar=False,
             enable_checkpointing=False,
             gradient_clip_val=MAX_NORM,
             default_root_dir=folder,
         )
-        trainer.fit(module, _Turns(task, ours, rivals, report))
-    for run, trained in ((fused, torch_model), (ours, model), (exact, exact_model)):
-        run.score = task.score(trained.eval())
-    return Comparison(task, fused, ours, exact, model, module.backend, perf_counter() - started)
+        trainer.fit(module, _Turns(part, ours, rivals if team.rank == 0 else [], report))
+    ours.losses = [math.fsum(parts) / team.size for parts in zip(*team.gather(ours.losses), strict=True)]
+    digests = set(team.gather(digest(model)))
+    if team.rank == 0:
+        for run, trained in ((fused, torch_model), (ours, model), (exact, exact_model)):
+            run.score = task.score(trained.eval())
+    ranks = "" if team.ranks is None else f"{team.size} ranks by {strategy}"
+    took = perf_counter() - started
+    return Comparison(task, fused, ours, exact, model, module.backend, took, ranks, len(digests) == 1)
+
+
+def digest(model: nn.Module) -> str:
+    """Return a hash of all parameters' bits."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def torch_loop(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> Iterator[None]:

@@ -7,7 +7,7 @@ import struct
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,10 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self.order:
             yield self.inputs[rows], self.targets[rows]
+
+    def part(self, rank: int, size: int) -> Batches:
+        """Return a loader of the rank's part of each batch; `size` parts are the whole."""
+        return replace(self, order=self.order[:, rank::size])
 
 
 def shuffled(count: int, *, batch: int, steps: int, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 import pytrain
 from pytrain.demo.compare import MAX_NORM, Verdict, warm_cosine
 from pytrain.demo.tasks import Task, loss_of
+from pytrain.trainer.ranks import StrategyName, Team
 
 STEPS = 150  # products in fp16 are slow on a CPU
 DECAY = 0.95
@@ -38,19 +39,22 @@ class _Mixed(pytrain.Module):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train_mixed(task: Task, *, goal: float, seed: int) -> list[Verdict]:
+def train_mixed(task: Task, *, goal: float, seed: int, team: Team, strategy: StrategyName = "single") -> list[Verdict]:
     """Train a task of images in fp16, and check the model and its average.
 
     Args:
         task: what to train; at most STEPS steps of it are taken.
         goal: the held-out accuracy that both must reach, in percent.
         seed: of the initial weights.
+        team: the ranks that train, each with its part of every batch.
+        strategy: how they do.
     """
     torch.manual_seed(seed)
     module = _Mixed(task)
     with TemporaryDirectory() as folder:
         trainer = pytrain.Trainer(
             max_epochs=1,
+            strategy=strategy,
             precision="fp16-mixed",
             gradient_clip_val=MAX_NORM,
             ema_decay=DECAY,
@@ -59,7 +63,7 @@ def train_mixed(task: Task, *, goal: float, seed: int) -> list[Verdict]:
             enable_checkpointing=False,
             default_root_dir=folder,
         )
-        trainer.fit(module, list(islice(task.batches, STEPS)))
+        trainer.fit(module, list(islice(task.batches.part(team.rank, team.size), STEPS)))
     assert trainer.ema is not None
     model = module.model.eval()
     scores = {"the weights": task.score(model)}

@@ -112,7 +112,10 @@ def print_table(comparisons: Sequence[Comparison]) -> None:
 def machine_facts(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
     """Return what the figures depend on, as (name, value)."""
     backends = sorted({one.backend for one in comparisons})
+    ranks = comparisons[0].ranks
+    on_ranks = f"{ranks}, each with its part of every batch; torch's runs are one process' on the whole of it"
     return [
+        *([("pytrain's runs", on_ranks)] if ranks else []),
         ("processor", f"{_processor()}; {os.cpu_count()} logical, torch uses {torch.get_num_threads()} threads"),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         ("Python", sys.version.split()[0]),
