@@ -51,10 +51,11 @@ class Regression(Module):
 
 def joined(count: int, rows: int = ROWS, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(5)
-    return [
-        tuple(torch.randn(rows, n, dtype=torch.float64, generator=generator).to(dtype) for n in (5, 3))  # type: ignore[misc]
-        for _ in range(count)
-    ]
+
+    def draw(columns: int) -> Tensor:
+        return torch.randn(rows, columns, dtype=torch.float64, generator=generator).to(dtype)
+
+    return [(draw(5), draw(3)) for _ in range(count)]
 
 
 def part(batches: list[tuple[Tensor, Tensor]], rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
