@@ -2,7 +2,8 @@
 
 from pytrain.parallel.base import Strategy
 from pytrain.parallel.ddp import DDP
+from pytrain.parallel.faults import RankError
 from pytrain.parallel.ranks import Ranks
 from pytrain.parallel.zero import Zero1, Zero2
 
-__all__ = ["DDP", "Ranks", "Strategy", "Zero1", "Zero2"]
+__all__ = ["DDP", "RankError", "Ranks", "Strategy", "Zero1", "Zero2"]

@@ -141,6 +141,7 @@ class Strategy(ABC):
             options: `max_norm` and the others of `pytrain.step`, but for grad_divisor.
 
         Raises:
+            RankError: another rank has died or left, or does something else.
             RuntimeError: a parameter has no gradient (see `unused`), or there was no backward.
             ValueError: as `pytrain.step`; the weights of all ranks are zero.
         """
@@ -149,6 +150,7 @@ class Strategy(ABC):
         self.buckets.finish(idle=weight == 0)
         info = self._step(scaler, float(weight), bool(stop), options)
         self._joined += 1
+        self.ranks.heart.steps += 1
         return info
 
     def join(self, batches: Iterable[T]) -> Iterator[T | None]:
@@ -215,27 +217,30 @@ class Strategy(ABC):
             buckets.drop_unused(unpack_flags(sums, len(buckets.used), size))
         return check_total(total)
 
-    def _reduce(self, bucket: Bucket) -> Work | None:
+    def _reduce(self, bucket: Bucket) -> Work:
         flat = torch.view_as_real(bucket.flat).view(-1) if bucket.flat.is_complex() else bucket.flat
         if self.divided_before != 1.0:
             flat.mul_(1.0 / self.divided_before)
-        if self.reduce_dtype is None or flat.dtype in (self.reduce_dtype, torch.float64):
-            return self._collect(flat)
-        summed = flat.to(self.reduce_dtype)
-        return Cast(self._collect(summed), summed, flat)
+        own = self.reduce_dtype is None or flat.dtype in (self.reduce_dtype, torch.float64)
+        summed = flat if own else flat.to(self.reduce_dtype)
+        what = f"the sum of bucket {bucket.index} of {len(self.buckets.buckets)}"
+        with self.ranks.at(what):
+            return Sum(self._collect(summed), self.ranks, what, summed, flat)
 
 
-class Cast:
-    """A reduction in another dtype, whose result goes back into the bucket."""
+class Sum:
+    """A sum over the ranks that was started, of a bucket's gradients or of a copy in another dtype."""
 
-    def __init__(self, work: Work | None, source: Tensor, target: Tensor) -> None:
-        self.work, self.source, self.target = work, source, target
+    def __init__(self, work: Work | None, ranks: Ranks, what: str, source: Tensor, target: Tensor) -> None:
+        self.work, self.ranks, self.what, self.source, self.target = work, ranks, what, source, target
 
     def wait(self) -> None:
         """Return when the bucket holds the result."""
         if self.work is not None:
-            self.work.wait()
-        self.target.copy_(self.source)
+            with self.ranks.at(self.what):
+                self.work.wait()
+        if self.source is not self.target:
+            self.target.copy_(self.source)
 
 
 def check_total(total: float) -> float:

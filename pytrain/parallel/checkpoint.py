@@ -37,14 +37,15 @@ def save(strategy: Strategy, path: str | os.PathLike[str], *, extra: Any = None,
     path, group, module = Path(path), strategy.ranks.group, strategy.module
     groups = [{**g, "params": names} for g, names in zip(strategy.optimizer.param_groups, strategy.names, strict=True)]
     plain = {"format": FORMAT, "groups": groups, "extra": extra}
-    if portable:
-        order, state = [name for names in strategy.names for name in names], strategy.state_dict()["state"]
-        plain["state"] = {order[number]: each for number, each in state.items()}
-        plain["module"] = together(group, lambda: _tensors(module))
-        together(group, lambda: write_checkpoint(path, plain) if strategy.ranks.rank == 0 else None)
-    else:
-        plain["layouts"] = {name: _layout(p) for name, p in module.named_parameters()}
-        write_folder(path, together(group, lambda: _chunks(strategy)), plain, group)
+    with strategy.ranks.at("the checkpoint"):
+        if portable:
+            order, state = [name for names in strategy.names for name in names], strategy.state_dict()["state"]
+            plain["state"] = {order[number]: each for number, each in state.items()}
+            plain["module"] = together(group, lambda: _tensors(module))
+            together(group, lambda: write_checkpoint(path, plain) if strategy.ranks.rank == 0 else None)
+        else:
+            plain["layouts"] = {name: _layout(p) for name, p in module.named_parameters()}
+            write_folder(path, together(group, lambda: _chunks(strategy)), plain, group)
 
 
 def load(strategy: Strategy, path: str | os.PathLike[str]) -> Any:
@@ -57,13 +58,14 @@ def load(strategy: Strategy, path: str | os.PathLike[str]) -> Any:
         CheckpointError: on all ranks: it is missing, damaged, unsafe, or does not fit the module or the optimizer.
     """
     path, ranks, group = Path(path), strategy.ranks, strategy.ranks.group
-    if together(group, path.is_dir):
-        plain, metadata = together(group, lambda: open_folder(path, ranks.rank, ranks.size))
-        values, chunks, part = together(group, lambda: _room(path, strategy, plain, metadata.state_dict_metadata))
-        read_chunks(path, metadata, chunks, group)
-    else:
-        plain = together(group, lambda: read_checkpoint(path))
-        values, part = together(group, lambda: _whole(path, strategy, plain))
+    with ranks.at("the loading of a checkpoint"):
+        if together(group, path.is_dir):
+            plain, metadata = together(group, lambda: open_folder(path, ranks.rank, ranks.size))
+            values, chunks, part = together(group, lambda: _room(path, strategy, plain, metadata.state_dict_metadata))
+            read_chunks(path, metadata, chunks, group)
+        else:
+            plain = together(group, lambda: read_checkpoint(path))
+            values, part = together(group, lambda: _whole(path, strategy, plain))
     strategy.optimizer.load_state_dict(part)
     with torch.no_grad():
         for name, value in _tensors(strategy.module).items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pytrain.parallel.faults import RankError, heart, is_of_ranks
 
 
 class Ranks:
@@ -19,6 +22,8 @@ class Ranks:
 
     Raises:
         RuntimeError: torch.distributed is not there, or was not initialized.
+
+    All of its methods raise `RankError` where another rank has died or left, or does something else.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -30,30 +35,49 @@ class Ranks:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.others = [rank for rank in range(self.size) if rank != self.rank]
+        self.heart = heart()
+        self._everyone = dist.get_process_group_ranks(group)  # by their numbers in the default group
         backend = str(dist.get_backend(group))
         on_device = "nccl" in backend and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    @contextmanager
+    def at(self, what: str) -> Iterator[None]:
+        """A context for an operation of all ranks, which errors are to name: "the checkpoint".
+
+        In it an error of a collective becomes a `RankError` that says which rank has died or left; others pass.
+        """
+        before, self.heart.now = self.heart.now, what
+        try:
+            yield
+        except RuntimeError as error:
+            if self.heart.store is None or not is_of_ranks(error):
+                raise
+            raise RankError(self.heart.explain(what, self._everyone)) from error
+        finally:
+            self.heart.now = before
+
+    def sum(self, values: Sequence[float], what: str = "the agreement on a step") -> list[float]:
         """Each value summed over the ranks, in fp64; waits."""
         total = torch.tensor(values, dtype=torch.float64, device="cpu").to(self.device)
-        dist.all_reduce(total, group=self.group)
-        result: list[float] = total.tolist()
-        return result
+        with self.at(what):
+            dist.all_reduce(total, group=self.group)
+            return list(map(float, total.tolist()))
 
     def from_first(self, numbers: Sequence[int]) -> list[int]:
         """The numbers of rank 0 of the group, of which all ranks have equally many."""
         shared = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device)
-        dist.broadcast(shared, self._global(0), group=self.group)
-        result: list[int] = shared.tolist()
-        return result
+        with self.at("the sending of numbers from the first rank"):
+            dist.broadcast(shared, self._global(0), group=self.group)
+            return list(map(int, shared.tolist()))
 
     def send_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Have every rank's tensors hold what they hold on rank 0 of the group."""
         for tensor in tensors:
             dense = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
             real = torch.view_as_real(dense) if dense.is_complex() else dense
-            dist.broadcast(real, self._global(0), group=self.group)
+            with self.at("the sending of parameters and buffers from the first rank"):
+                dist.broadcast(real, self._global(0), group=self.group)
             if dense.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(dense)
 
@@ -65,10 +89,11 @@ class Ranks:
         """Start to fill a tensor with what another rank sends; returns what to wait for."""
         return dist.irecv(tensor, self._global(rank), group=self.group, tag=tag)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, what: str = "the gathering of values") -> list[Any]:
         """Every rank's value, in their order; values are pickled."""
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, value, group=self.group)
+        with self.at(what):
+            dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
     def check_alike(self, what: str, facts: Sequence[str]) -> None:
@@ -76,15 +101,17 @@ class Ranks:
         digest = hashlib.sha256("\n".join(facts).encode()).digest()
         own = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(self.device)
         everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own, group=self.group)
+        with self.at(f"the check of {what}"):
+            dist.all_gather(everyone, own, group=self.group)
         if all(torch.equal(one, everyone[0]) for one in everyone):
             return
-        lists = self.gather(list(facts))
+        lists = self.gather(list(facts), f"the check of {what}")
         for rank, other in enumerate(lists):
             for i in range(max(len(lists[0]), len(other))):
                 a, b = (one[i] if i < len(one) else "nothing" for one in (lists[0], other))
                 if a != b:
-                    raise RuntimeError(f"{what} differs between ranks: number {i} is {a} on rank 0, {b} on rank {rank}")
+                    which = f"number {i}" if len(lists[0]) > 1 else "it"
+                    raise RuntimeError(f"{what} differs between ranks: {which} is {a} on rank 0, {b} on rank {rank}")
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)

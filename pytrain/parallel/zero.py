@@ -165,8 +165,9 @@ class Zero1(Strategy):
         rows = control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
         own = torch.tensor(self._own, dtype=torch.float64, device="cpu").to(control.device)
         message = torch.cat([own, control[FOUND_INF : FOUND_INF + 1], rows[:, SUMSQ]]).to(self.ranks.device)
-        dist.all_reduce(message, group=self.ranks.group)
-        message = message.to(control.device)
+        with self.ranks.at("the agreement on a step"):
+            dist.all_reduce(message, group=self.ranks.group)
+            message = message.to(control.device)
         total, stopping, more, found = message[:4]
         self.stop, self.more = bool(stopping > 0), bool(more > 0)
         control[INV_SCALE] /= check_total(float(total))
@@ -177,10 +178,10 @@ class Zero1(Strategy):
         """After pass 2: every rank gets the parameters that the others have stepped."""
         for host in self._hosts:
             host.home.copy_(host.params, non_blocking=True)
-        works = [self.collectives.all_gather(flat) for flat in self.flats]
-        for work in works:
-            if work is not None:
-                work.wait()
+        with self.ranks.at("the gathering of parameters"):
+            for work in [self.collectives.all_gather(flat) for flat in self.flats]:
+                if work is not None:
+                    work.wait()
 
     def shares(self) -> list[list[Share]]:
         """The pieces."""
@@ -194,8 +195,7 @@ class Zero1(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """As `Strategy.state_dict`: the pieces of all ranks, joined."""
         own = [(piece.number, piece.begin, self.optimizer.state.get(piece.param, {})) for piece in self.pieces]
-        everyone: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(everyone, own, group=self.ranks.group)
+        everyone = self.ranks.gather(own, "the gathering of the state")
         parts: dict[int, list[tuple[int, dict[str, Tensor]]]] = {}
         for number, begin, state in (part for one in everyone for part in one):
             parts.setdefault(number, []).append((begin, state))
@@ -288,7 +288,7 @@ class Zero2(Zero1):
         for bucket in self.buckets.buckets:
             bucket.give_memory_back()
 
-    def _reduce(self, bucket: Bucket) -> Work | None:
+    def _reduce(self, bucket: Bucket) -> Work:
         for p in bucket.params:
             p.grad = None  # a view of what is given back
         work = Early(super()._reduce(bucket), bucket, self)
@@ -310,15 +310,14 @@ class Zero2(Zero1):
 class Early:
     """A reduction after which only this rank's shard is kept."""
 
-    def __init__(self, work: Work | None, bucket: Bucket, strategy: Zero2) -> None:
+    def __init__(self, work: Work, bucket: Bucket, strategy: Zero2) -> None:
         self.work, self.bucket, self.strategy, self.done = work, bucket, strategy, False
 
     def wait(self) -> None:
         """Return when the shard is there; once."""
         if not self.done:
             self.done = True
-            if self.work is not None:
-                self.work.wait()
+            self.work.wait()
             self.strategy.keep(self.bucket)
 
 
