@@ -162,8 +162,9 @@ def _start(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = _meeting()
-    # Under a prefix of its own: a second start must not find where the first one's ranks were.
-    store = dist.PrefixStore(f"pytrain/{next(_starts)}", store)  # type: ignore[attr-defined]
+    # Under a prefix of its own: a second start, and torchrun's restart, must not find where ranks were before.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"pytrain/{restart}/{next(_starts)}", store)  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
 
 

@@ -287,18 +287,54 @@ class Fails(cases.Regression):
 
 try:
     make_trainer(folder, max_epochs=2, strategy="zero1").fit(Fails(), cases.joined(3))
-except Exception as error:
+except (KeyError, RuntimeError) as error:
     (folder / f"error{{rank}}").write_text(type(error).__name__)
 """
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import rank_cases as cases
+from trainer_cases import make_trainer
+
+rank, folder = int(os.environ["RANK"]), Path({folder!r})
+
+class Dies(cases.Regression):
+    def training_step(self, batch, batch_idx):
+        if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+options = {{"enable_checkpointing": True, "checkpoint_every_n_steps": 1}}
+trainer = make_trainer(folder, max_epochs=3, strategy="zero1", **options)
+trainer.fit(Dies(), cases.part(cases.joined(4), rank, 2), ckpt_path="last")
+(folder / f"begun{{rank}}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+trainer.save_checkpoint(folder / "end.ckpt")
+"""
+
+
+def launch(script: Path, *options: str) -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, str(script)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_trainer_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    launch(tmp_path / "script.py", "--max-restarts", "2")
+    params, *_ = cases.run(None, tmp_path / "one", "single", 4, {"max_epochs": 3})
+    module = load_checkpoint(tmp_path / "end.ckpt")["module"]
+    assert_close([value for name, value in module.items() if name != "seen"], params)
+    assert all(int((tmp_path / f"begun{rank}").read_text()) >= 1 for rank in range(2))
 
 
 def test_under_torchrun_each_fit_starts_and_ends_its_ranks(tmp_path: Path) -> None:
     """Two fits one after the other, then one that fails on one rank: the other one ends too."""
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    launch(script)
     params, *_ = cases.run(None, tmp_path / "one", "single", 3, {"max_epochs": 2})
     for strategy in ("auto", "zero2"):
         module = load_checkpoint(tmp_path / f"{strategy}.ckpt")["module"]
