@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,7 @@ class Collectives:
         if self._errands is None:
             self._errands = queue.SimpleQueue()
             threading.Thread(target=_serve, args=(self._errands,), name="pytrain-ranks", daemon=True).start()
+            weakref.finalize(self, self._errands.put, None).atexit = False  # where nobody has called close()
         errand = Errand(run)
         self._errands.put(errand)
         return errand

@@ -59,7 +59,8 @@ class Zero1(Strategy):
 
     Args:
         offload: "cpu": each rank's pieces, and with them the optimizer's state and its step, are in the CPU's memory;
-            None: they are where the parameters are. Gradients and parameters are copied once a step.
+            None: they are where the parameters are. Gradients and parameters are copied once a step. Parameters that
+            others write are noticed, but not writes through `p.data`.
         options: those of `Strategy`.
 
     Raises:

@@ -20,6 +20,19 @@ from pytrain.parallel import DDP, Ranks, Zero1, Zero2
 
 Group = dist.ProcessGroup
 ROWS = 6  # of each rank's batch
+# Optimizer, options, dtype: each storage format, rules with no state, scalars, and more than two states.
+KINDS: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    ("AdamW", {}, torch.float32),
+    ("SGD", {}, torch.float32),
+    ("SGD", {"momentum": 0.9}, torch.float64),
+    ("NAdam", {}, torch.float32),
+    ("Lion", {"ema_decay": 0.5}, torch.float32),
+    ("AdamW", {"state_dtype": "8bit"}, torch.float32),
+    ("AdamW", {"state_dtype": "bf16", "master_weights": True}, torch.bfloat16),
+    ("AdamW", {"kahan": True}, torch.bfloat16),
+    ("Adan", {"master_weights": "compact"}, torch.bfloat16),
+]
+NAMES = [f"{name}-{dtype}-{'-'.join(map(str, options))}" for name, options, dtype in KINDS]
 
 
 def kind(strategy: str) -> Any:

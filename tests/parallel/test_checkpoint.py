@@ -10,6 +10,7 @@ from typing import Any
 import checkpoint_jobs as jobs
 import pytest
 import torch
+from jobs import KINDS, NAMES
 from pool import Pool
 
 from pytrain.folders import ALLOWED
@@ -17,16 +18,6 @@ from pytrain.sealed import CheckpointError, digest_of, read_checkpoint, read_pic
 
 STRATEGIES = ["DDP", "Zero1", "Zero2"]
 ADAMW: tuple[str, dict[str, Any], torch.dtype] = ("AdamW", {}, torch.float32)
-KINDS: list[tuple[str, dict[str, Any], torch.dtype]] = [
-    ("SGD", {}, torch.float32),
-    ("NAdam", {}, torch.float64),
-    ("Lion", {"ema_decay": 0.5}, torch.float32),
-    ("AdamW", {"state_dtype": "8bit"}, torch.float32),
-    ("AdamW", {"state_dtype": "bf16", "master_weights": True}, torch.bfloat16),
-    ("AdamW", {"kahan": True}, torch.bfloat16),
-    ("Adan", {"master_weights": "compact"}, torch.bfloat16),
-]
-NAMES = [f"{name}-{dtype}-{'-'.join(map(str, options))}" for name, options, dtype in KINDS]
 
 
 def same(found: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> bool:

@@ -7,23 +7,11 @@ from typing import Any
 import jobs
 import pytest
 import torch
+from jobs import KINDS, NAMES
 from pool import Pool
 
 ZEROS = ["Zero1", "Zero2"]
 OFFLOADED = ["Zero1, cpu", "Zero2, cpu"]
-# Optimizer, options, dtype: each storage format, rules with no state, scalars, and more than two states.
-KINDS = [
-    ("AdamW", {}, torch.float32),
-    ("SGD", {}, torch.float32),
-    ("SGD", {"momentum": 0.9}, torch.float64),
-    ("NAdam", {}, torch.float32),
-    ("Lion", {"ema_decay": 0.5}, torch.float32),
-    ("AdamW", {"state_dtype": "8bit"}, torch.float32),
-    ("AdamW", {"state_dtype": "bf16", "master_weights": True}, torch.bfloat16),
-    ("AdamW", {"kahan": True}, torch.bfloat16),
-    ("Adan", {"master_weights": "compact"}, torch.bfloat16),
-]
-NAMES = [f"{name}-{dtype}-{'-'.join(map(str, options))}" for name, options, dtype in KINDS]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
