@@ -19,6 +19,7 @@ import bench_release
 import bench_rules
 import bench_step
 import loss_parity
+import trace_parallel
 from common import interleaved, markdown, nothing
 from contestants import Case, Contestant, gpt2, resnet50
 
@@ -265,3 +266,12 @@ def test_targets_of_the_gpu_are_kept_apart(
 def test_gpt2_has_its_sizes() -> None:
     sizes = {case.name: case.elements for case in bench_gpu.CASES}
     assert sizes["GPT-2 XL"] == 1_557_611_200 and sizes["GPT-2 medium"] == 354_823_168
+
+
+def test_overlap_counts_the_time_within_backward_once() -> None:
+    def event(name: str, lane: int, begin: float, end: float) -> dict[str, object]:
+        return {"name": name, "lane": lane, "begin": begin, "end": end}
+
+    events = [event("backward", 0, 1.0, 5.0), event("bucket 0", 1, 2.0, 4.0), event("bucket 1", 1, 3.0, 6.0)]
+    assert trace_parallel.overlap(events) == 0.75  # 2 to 6, of which 2 to 5
+    assert trace_parallel.overlap(events[:1]) == 0.0
