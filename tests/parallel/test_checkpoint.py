@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import checkpoint_jobs as jobs
@@ -12,6 +12,7 @@ import pytest
 import torch
 from jobs import KINDS, NAMES
 from pool import Pool
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from pytrain.folders import ALLOWED
 from pytrain.sealed import CheckpointError, digest_of, read_checkpoint, read_pickle, write_checkpoint
@@ -127,6 +128,24 @@ def test_metadata_that_could_run_code_is_refused(pool: Pool, saved: Path, tmp_pa
     with pytest.raises(CheckpointError):
         read_pickle(evil, ())
     assert torch.float32 is read_pickle(pickle.dumps(torch.float32), ())
+
+
+class Got:
+    """Pickled as what `getattr` gives: so do Python 3.11.0 to 3.11.3 with members of enums."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.words = (owner, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, self.words
+
+
+def test_metadata_written_by_any_python_is_read_and_getattr_reaches_nothing_else() -> None:
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert read_pickle(pickle.dumps(Got(_MEM_FORMAT_ENCODING, member.name)), ALLOWED) is member
+    for owner, name in ((_MEM_FORMAT_ENCODING, "__class__"), (PosixPath, "home"), (torch.Size, "__new__")):
+        with pytest.raises(CheckpointError, match=f"it names {name!r} of .*, which could run code"):
+            read_pickle(pickle.dumps(Got(owner, name)), ALLOWED)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
