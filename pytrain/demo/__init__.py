@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytrain.trainer.ranks import Team
+    from pytrain.launch import Team
 
 TASKS = ("digits", "gpt", "fashion")
 PROMPT = "def "
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from pytrain.demo.data import DemoError
-    from pytrain.trainer.ranks import open_team, under_torchrun
+    from pytrain.launch import open_team, under_torchrun
 
     args = _parse(argv)
     try:

@@ -25,8 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import pytrain
 from pytrain.demo.tasks import Settings, Task, loss_of
+from pytrain.launch import StrategyName, Team
 from pytrain.optim import FusedOptimizer
-from pytrain.trainer.ranks import StrategyName, Team
 
 TORCH, PYTRAIN, EXACT = "torch fused", "pytrain", "fp64 reference"
 TURN = 10  # steps in a row before another run takes over: noise from the machine then hits all runs alike

@@ -12,7 +12,7 @@ from torch import Tensor
 import pytrain
 from pytrain.demo.compare import MAX_NORM, Verdict, warm_cosine
 from pytrain.demo.tasks import Task, loss_of
-from pytrain.trainer.ranks import StrategyName, Team
+from pytrain.launch import StrategyName, Team
 
 STEPS = 150  # products in fp16 are slow on a CPU
 DECAY = 0.95

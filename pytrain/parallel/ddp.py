@@ -35,7 +35,10 @@ class DDP(Strategy):
 
     def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
         total = self.agree(weight, stop)  # the gradients, and with them flags and norms, are the same by now
-        info = pytrain_step(self.optimizer, scaler, grad_divisor=total / self.divided_before, **options)
+        divisor, before = total / self.divided_before, options.pop("before", None)
+        if before is not None:  # somebody looks at the gradients of all ranks, and may divide them
+            divisor = before(divisor)
+        info = pytrain_step(self.optimizer, scaler, grad_divisor=divisor, **options)
         order = self.buckets.observed_order()
         if order is not None:
             self.buckets.follow(self.ranks.from_first(order))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sized
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from pytrain.trainer.ranks import Team
+from pytrain.launch import Team
 
 
 def loader_length(loader: Iterable[Any]) -> int | None:
@@ -25,25 +27,100 @@ def loader_length(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor in it (in dicts, lists, tuples, named tuples) on `device`."""
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Return the batch with every tensor in it (in dicts, lists, tuples, named tuples) on `device`, floats in `dtype`.
+
+    An object with a `to` of its own, such as transformers' BatchEncoding, is moved by that.
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, dtype if batch.is_floating_point() else None, non_blocking=True)
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
     if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(to_device(value, device, dtype) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(to_device(value, device, dtype) for value in batch)
     return batch
 
 
-def start_epoch(loader: Iterable[Any], epoch: int, device: torch.device) -> Iterator[Any]:
+def start_epoch(
+    loader: Iterable[Any], epoch: int, device: torch.device, dtype: torch.dtype | None = None
+) -> Iterator[Any]:
     """Start an epoch's batches, moved to `device` as they are drawn; a sampler with `set_epoch` is told the epoch."""
     set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
-    return iter(loader) if device.type == "cpu" else map(partial(to_device, device=device), loader)
+    stays = device.type == "cpu" and dtype is None
+    return iter(loader) if stays else map(partial(to_device, device=device, dtype=dtype), loader)
+
+
+class DataModule:
+    """Data in one place: the loaders of every stage. Override those that are used; see `Trainer.fit(datamodule=...)`."""
+
+    def prepare_data(self) -> None:
+        """Download and convert; called once a node, by its first rank, before the others go on. Sets nothing on self."""
+
+    def setup(self, stage: str) -> None:
+        """Open the data, on every rank; stage is "fit", "validate", "test" or "predict"."""
+
+    def train_dataloader(self) -> Any:
+        """Return what `fit` trains on."""
+
+    def val_dataloader(self) -> Any:
+        """Return what `fit` and `validate` validate on; None: nothing."""
+
+    def test_dataloader(self) -> Any:
+        """Return what `test` runs on."""
+
+    def predict_dataloader(self) -> Any:
+        """Return what `predict` runs on."""
+
+
+def open_data(team: Team, stage: str, owners: Sequence[Any], loaders: Mapping[str, Any]) -> list[Any]:
+    """Prepare and set up the data; return each loader that was given, else what the first owner that has one makes.
+
+    Args:
+        team: the ranks.
+        stage: "fit", "validate", "test" or "predict".
+        owners: the data module, if there is one, and the module.
+        loaders: those given or None, by the name of the method that makes one.
+    """
+    for owner in owners:
+        if hasattr(owner, "prepare_data"):
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                owner.prepare_data()
+            team.gather(None)  # the others wait
+        if hasattr(owner, "setup"):
+            owner.setup(stage)
+    made = []
+    for name, loader in loaders.items():
+        owner = next((owner for owner in owners if hasattr(owner, name)), None)
+        made.append(getattr(owner, name)() if loader is None and owner is not None else loader)
+    return made
+
+
+def several(loader: Any) -> list[Any]:
+    """The loaders of a validation: a list or tuple of DataLoaders is several, anything else is one."""
+    many = isinstance(loader, (list, tuple)) and bool(loader) and all(isinstance(one, DataLoader) for one in loader)
+    return list(loader) if many else [loader]
+
+
+@dataclass(slots=True)
+class TimePart:
+    """A part of a batch in time, and whether the hidden state starts anew with it."""
+
+    batch: Any
+    batch_idx: int
+    first: bool
+
+
+def in_parts(batches: Iterator[Any], split: Callable[[Any, int], list[Any]], steps: int) -> Iterator[TimePart]:
+    """Cut every batch into parts of `steps` time steps."""
+    for batch_idx, batch in enumerate(batches):
+        for i, part in enumerate(split(batch, steps)):
+            yield TimePart(part, batch_idx, i == 0)
 
 
 def with_ends(batches: Iterator[Any], accumulate: int) -> Iterator[tuple[Any, bool]]:
@@ -110,7 +187,7 @@ def skip_batches(batches: Iterator[Any], count: int) -> None:
     given = sum(1 for _ in islice(batches, count))
     if given < count:
         raise ValueError(
-            f"the checkpoint was taken after batch {count} of its epoch, but train_dataloader gives only {given} "
+            f"the checkpoint was taken after batch {count} of its epoch, but train_dataloaders gives only {given} "
             "batches; resume with the loader of the saved run"
         )
 

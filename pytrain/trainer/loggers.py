@@ -7,6 +7,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from pytrain.trainer.config import TrainerConfig
 
 
 class JsonLinesLogger:
@@ -30,9 +33,9 @@ class JsonLinesLogger:
                 self.lines = _keep_first(path, keep_lines)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
-    def log(self, *, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int, epoch: int | None = None) -> None:
         """Write one line. JSON has no inf and nan: they become null, and "nonfinite" says which was what."""
-        row: dict[str, object] = {"step": step, "epoch": epoch}
+        row: dict[str, object] = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
         nonfinite = {}
         for name, value in metrics.items():
             row[name] = value if math.isfinite(value) else None
@@ -44,9 +47,30 @@ class JsonLinesLogger:
         self._file.flush()
         self.lines += 1
 
-    def close(self) -> None:
+    def finalize(self, status: str) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
+
+
+def open_loggers(config: TrainerConfig, hparams: Mapping[str, Any], resumed: Mapping[str, Any] | None) -> list[Any]:
+    """Return the loggers of a run, told of the hyperparameters, and where it is resumed of the step it goes on from.
+
+    Raises:
+        TypeError: one of those given cannot log.
+    """
+    given = config.logger
+    if given is None or isinstance(given, bool):
+        lines = None if resumed is None else resumed["metrics_lines"]
+        return [] if given is False else [JsonLinesLogger(config.metrics_path, keep_lines=lines)]
+    loggers = list(given) if isinstance(given, (list, tuple)) else [given]
+    for i, logger in enumerate(loggers):
+        if not callable(getattr(logger, "log_metrics", None)):
+            raise TypeError(f"Trainer: logger[{i}] has no log_metrics(metrics, step), got {logger!r}")
+        if resumed is not None and hasattr(logger, "resume"):
+            logger.resume(resumed["global_step"])
+        if hparams and hasattr(logger, "log_hyperparams"):
+            logger.log_hyperparams(dict(hparams))
+    return loggers
 
 
 def _move_aside(path: Path) -> None:

@@ -13,8 +13,8 @@ class Progress(Protocol):
 
     next_draw: float
 
-    def draw(self, *, epoch: int, step: int, loss: float) -> None:
-        """Show the position, the rate, the loss and the time left."""
+    def draw(self, *, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the position, the rate, the loss and other metrics, and the time left."""
 
     def message(self, text: str) -> None:
         """Print one line."""
@@ -52,10 +52,10 @@ class PlainProgress:
         self._meter = _Meter(first_step, total_steps)
         self.next_draw = perf_counter() + self.interval
 
-    def draw(self, *, epoch: int, step: int, loss: float) -> None:
+    def draw(self, *, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         rate, left = self._meter.read(step)
         total = "" if self._total is None else f"/{self._total}"
-        self.message(f"epoch {epoch + 1}  step {step}{total}  loss {loss:.4g}  {rate}  left {left}")
+        self.message(f"epoch {epoch + 1}  step {step}{total}  {format_metrics(metrics)}  {rate}  left {left}")
         self.next_draw = perf_counter() + self.interval
 
     def message(self, text: str) -> None:
@@ -80,7 +80,7 @@ class RichProgress:
         from rich.progress import Progress as Bar
 
         self._meter = _Meter(first_step, total_steps)
-        columns = "epoch {task.fields[epoch]}", "{task.completed}/{task.total}", "loss {task.fields[loss]}"
+        columns = "epoch {task.fields[epoch]}", "{task.completed}/{task.total}", "{task.fields[metrics]}"
         self._bar = Bar(
             TextColumn(columns[0]),
             BarColumn(),
@@ -92,16 +92,16 @@ class RichProgress:
             auto_refresh=False,
         )
         self._task = self._bar.add_task(
-            "train", total=total_steps, completed=first_step, epoch="-", loss="-", rate="-", left="-"
+            "train", total=total_steps, completed=first_step, epoch="-", metrics="", rate="-", left="-"
         )
         self._bar.start()
         self.next_draw = perf_counter() + self.interval
 
-    def draw(self, *, epoch: int, step: int, loss: float) -> None:
+    def draw(self, *, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         rate, left = self._meter.read(step)
-        self._bar.update(
-            self._task, completed=step, epoch=str(epoch + 1), loss=f"{loss:.4g}", rate=rate, left=left, refresh=True
-        )
+        words = format_metrics(metrics)
+        self._bar.update(self._task, completed=step, epoch=str(epoch + 1), metrics=words, rate=rate, left=left)
+        self._bar.refresh()
         self.next_draw = perf_counter() + self.interval
 
     def message(self, text: str) -> None:

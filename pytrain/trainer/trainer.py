@@ -3,109 +3,79 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pytrain.amp import LossScaler, name_of
+from pytrain.amp import name_of
 from pytrain.ema import EMA
+from pytrain.launch import Alone, Maker, StrategyName, Team, open_team, start_ranks
+from pytrain.lightning import refuse_arguments
 from pytrain.steps import StepInfo
-from pytrain.trainer.checkpoint import FORMAT, CheckpointFolder, check_fits, load_checkpoint, write_checkpoint
-from pytrain.trainer.config import ClipAlgorithm, Precision, TrainerConfig
-from pytrain.trainer.data import loader_length, no_batch_message, share_out, skip_batches, start_epoch, with_ends
-from pytrain.trainer.loggers import JsonLinesLogger
+from pytrain.trainer.checkpoint import load_checkpoint, write_checkpoint
+from pytrain.trainer.config import Accelerator, ClipAlgorithm, Limit, Precision, TrainerConfig, take_of
+from pytrain.trainer.data import DataModule, no_batch_message, open_data, several
 from pytrain.trainer.module import Module
-from pytrain.trainer.optimizers import OptimizerSetup, check_release, read_optimizers
 from pytrain.trainer.precision import PRECISIONS
-from pytrain.trainer.progress import Progress, format_metrics, make_progress
-from pytrain.trainer.ranks import Alone, Maker, StrategyName, Team, open_team
-from pytrain.trainer.rng import capture_rng, order_seed, restore_ranks_rng, restore_rng, seed_all
-from pytrain.trainer.validation import validate
-
-if TYPE_CHECKING:
-    from pytrain.parallel import Strategy
+from pytrain.trainer.progress import format_metrics
+from pytrain.trainer.run import Run, share_val, start_run, state_of
+from pytrain.trainer.stops import STOPPED, watch
+from pytrain.trainer.validation import evaluate, predict
 
 MAX_SKIPS_IN_A_ROW = 64  # as LossScaler has it
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """What one call of `fit` works with."""
-
-    module: Module
-    device: torch.device
-    team: Team
-    strategy: Alone | Strategy
-    setup: OptimizerSetup
-    scaler: LossScaler | None
-    ema: EMA | None
-    train_loader: Iterable[Any]
-    val_loader: Iterable[Any] | None
-    length: int | None
-    checkpoints: CheckpointFolder
-    logger: JsonLinesLogger | None
-    progress: Progress | None
-    started: float
-    skipped_in_a_row: int
-    epoch_rng: dict[str, Any] | None
-    resume_rng: dict[str, Any] | None
-    data_seed: int
-    batches: Iterator[tuple[Any, bool]] = field(default_factory=lambda: iter(()))
-    inside_window: bool = False
-    last_rng: list[Any] | None = None
-
-    def random_states(self) -> list[tuple[Any, Any]]:
-        """Every rank's random states now and at the epoch's start; after the run's end those that it had then."""
-        if self.last_rng is not None:
-            return self.last_rng
-        return self.team.gather((capture_rng(self.device, self.train_loader), self.epoch_rng))
-
-    def let_go(self) -> None:
-        """The run has come to its end: the optimizer is whole again, and needs no other rank."""
-        self.strategy.send_buffers()
-        self.last_rng = self.random_states()
-        self.strategy.close()
-        self.strategy = Alone(self.setup.optimizer)
-
-    def close(self) -> None:
-        """Let go of the terminal, the file and the loader's workers."""
-        self.batches = iter(())
-        for part in (self.progress, self.logger):
-            if part is not None:
-                part.close()
 
 
 class Trainer:
     """Runs the training loop of a `Module`.
 
     Args:
-        max_epochs: stop after this many epochs, >= 1; None: no limit.
-        max_steps: stop after this many applied optimizer steps, >= 1; None: no limit. One of the two is needed.
-        strategy: "auto" is "ddp" where there is more than one rank (torchrun has started several, or
+        max_epochs: stop after this many epochs, >= 1; None or -1: no limit.
+        max_steps: stop after this many applied optimizer steps, >= 1; None or -1: no limit.
+        max_time: stop after this time of one `fit`: "days:hours:minutes:seconds", a timedelta, its arguments as a dict,
+            or seconds > 0. One of the three limits is needed.
+        accelerator: "cpu"; "cuda" or "gpu"; "auto": CUDA where there is some, else where the module is.
+        devices: ranks on this node; N > 1 outside of torchrun starts them itself, by running the program again. "auto":
+            as many as torchrun has started, else one.
+        num_nodes: nodes; several need torchrun on each.
+        strategy: "auto" is "ddp" where there is more than one rank (torchrun or `devices` have started several, or
             torch.distributed is initialized), else "single": this process alone. "ddp", "zero1" and "zero2" are those
             of `pytrain.parallel`, also on one rank; others, or with options, by a callable (module, optimizer) ->
             Strategy.
-        precision: "32", "bf16-mixed" (autocast) or "fp16-mixed" (autocast and a loss scale), on any device.
-        accumulate_grad_batches: micro-batches a step, >= 1; the last, shorter window of an epoch divides by its own
-            length.
+        precision: "32"; "bf16-mixed" (autocast) or "fp16-mixed" (autocast and a loss scale); "bf16-true" or "fp16-true"
+            (parameters and batches in it; the optimizer keeps masters or rounds stochastically). On any device.
+        accumulate_grad_batches: micro-batches a step, >= 1, or {first epoch: micro-batches}; the last, shorter window
+            of an epoch divides by its own length.
         gradient_clip_val: limit for the unscaled gradient, > 0; None: no clipping.
         gradient_clip_algorithm: "norm" (of all gradients together) or "value" (of each element).
+        limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: batches to take of a loader:
+            an int, or a float in [0, 1], the share; None: all.
+        overfit_batches: train on so many first batches (or that share), again and again, and validate on them; 0: off.
+        fast_dev_run: try so many batches of every loop (True: one); nothing is saved or logged.
+        val_check_interval: validate also every so many batches (int), or at this share of the epoch (float); None: at
+            epochs' ends only.
+        check_val_every_n_epoch: validate in every n-th epoch only.
+        log_every_n_steps: applied steps between two lines of metrics, >= 1; an epoch's last step is written too.
+        callbacks: objects with hooks; see `pytrain.callbacks`.
+        logger: True: JSON lines in `default_root_dir`; False: nothing is written; or one or several loggers, see
+            `pytrain.loggers`.
+        deterministic: True: torch uses deterministic algorithms only; "warn": where it has them; None: leave that alone.
         seed: seeds torch, python and numpy when `fit` starts anew, 0 to 2**32 - 1, the same on all ranks until there
             is an optimizer and differently from there on; None: they are left alone.
-        log_every_n_steps: applied steps between two lines of metrics, >= 1; an epoch's last step is written too.
         default_root_dir: folder of `metrics.jsonl` and `checkpoints/`.
         enable_progress_bar: show a bar (plain lines where stdout is not a terminal).
-        enable_checkpointing: save after every epoch and at the end.
+        enable_checkpointing: save after every epoch and at the end, and stop at SIGTERM and SIGUSR1 with a checkpoint
+            and the exit code 143.
         checkpoint_every_n_steps: save also every so many applied steps, >= 1; None: do not.
         keep_checkpoints: how many automatic checkpoints of a run stay, >= 1; None: all.
+        async_checkpoints: write automatic checkpoints in the background, of a copy in the CPU's memory.
         ema_decay: keep an exponential moving average of the parameters, with this decay in [0, 1), and validate with
             it; None: no average.
 
@@ -114,11 +84,14 @@ class Trainer:
         global_step: optimizer steps applied.
         batch_idx: batches of this epoch done.
         skipped_steps: steps that met an inf or nan and changed nothing.
+        callback_metrics: the last written training metrics and validation metrics.
+        should_stop: set it to True to have the run end after the step under way.
         ema: the averages (`pytrain.ema.EMA`) of the last `fit`, or None. `with trainer.ema.swap():` puts them into the
             module, `trainer.ema.copy_to(module)` for good.
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: there is no such argument; the message names the alternative to those of Lightning's.
     """
 
     def __init__(
@@ -126,80 +99,136 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        max_time: Any = None,
+        accelerator: Accelerator = "auto",
+        devices: int | Literal["auto"] = "auto",
+        num_nodes: int = 1,
         strategy: StrategyName | Maker = "auto",
         precision: Precision = "32",
-        accumulate_grad_batches: int = 1,
+        accumulate_grad_batches: int | Mapping[int, int] = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: ClipAlgorithm = "norm",
-        seed: int | None = None,
+        limit_train_batches: Limit = None,
+        limit_val_batches: Limit = None,
+        limit_test_batches: Limit = None,
+        limit_predict_batches: Limit = None,
+        overfit_batches: int | float = 0,
+        fast_dev_run: int | bool = False,
+        val_check_interval: int | float | None = None,
+        check_val_every_n_epoch: int = 1,
         log_every_n_steps: int = 50,
+        callbacks: Any = None,
+        logger: Any = True,
+        deterministic: bool | Literal["warn"] | None = None,
+        seed: int | None = None,
         default_root_dir: str | os.PathLike[str] = "pytrain_logs",
         enable_progress_bar: bool = True,
         enable_checkpointing: bool = True,
         checkpoint_every_n_steps: int | None = None,
         keep_checkpoints: int | None = 2,
+        async_checkpoints: bool = False,
         ema_decay: float | None = None,
+        **not_offered: Any,
     ) -> None:
-        self.config = TrainerConfig(
-            max_epochs=max_epochs,
-            max_steps=max_steps,
-            strategy=strategy,
-            precision=precision,
-            accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm,
-            seed=seed,
-            log_every_n_steps=log_every_n_steps,
-            default_root_dir=Path(default_root_dir),
-            enable_progress_bar=enable_progress_bar,
-            enable_checkpointing=enable_checkpointing,
-            checkpoint_every_n_steps=checkpoint_every_n_steps,
-            keep_checkpoints=keep_checkpoints,
-            ema_decay=ema_decay,
-        )
-        self.current_epoch = self.global_step = self.batch_idx = self.skipped_steps = 0
+        refuse_arguments(not_offered)
+        self.config = TrainerConfig.of({name: value for name, value in locals().items() if name != "self"})
+        self.callbacks: Sequence[Any] = self.config.callbacks
         self.ema: EMA | None = None
-        self._run: _Run | None = None
+        self.callback_metrics: dict[str, float] = {}
+        self._run: Run | None = None
+        self.begin()
+
+    # ---- what a user calls --------------------------------------------------------------------------------------
 
     def fit(
         self,
         module: Module,
-        train_dataloader: Iterable[Any],
-        val_dataloader: Iterable[Any] | None = None,
+        train_dataloaders: Iterable[Any] | DataModule | None = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
         *,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Train `module` until max_epochs or max_steps, from the start or from a checkpoint.
+        """Train `module` until max_epochs, max_steps or max_time, from the start or from a checkpoint.
 
         Args:
-            module: trained in place, on the device where its parameters are.
-            train_dataloader: an iterable of batches that can be iterated once an epoch. On several ranks a DataLoader
-                with torch's own samplers is shared out; what any other gives is this rank's part.
-            val_dataloader: batches for `validation_step`, run after every epoch and at the end.
-            ckpt_path: a checkpoint to go on from, bit for bit; "last" is the newest in `default_root_dir`, or a
-                fresh start where there is none.
+            module: trained in place, on `accelerator`; also one that torch.compile has wrapped.
+            train_dataloaders: an iterable of batches that can be iterated once an epoch. On several ranks a DataLoader
+                with torch's own samplers is shared out; what any other gives is this rank's part. None: what the data
+                module's, else the module's `train_dataloader()` returns.
+            val_dataloaders: batches for `validation_step`, or a list of several DataLoaders; None: as above.
+            datamodule: makes the loaders.
+            ckpt_path: a checkpoint to go on from, bit for bit; "last" is the newest whole one in `default_root_dir`, or
+                a fresh start where there is none.
 
         Raises:
             TypeError, ValueError: module or loaders are unfit, or the module's methods return unfit values.
-            NotImplementedError: the module has several optimizers, or lacks a method.
+            NotImplementedError: the module has several optimizers and does not step them itself, or lacks a method.
             CheckpointError: the checkpoint is damaged or does not fit.
             RuntimeError: the ranks' models, settings, checkpoints or numbers of batches differ; see `pytrain.parallel`.
             FloatingPointError: 64 steps in a row met an inf or nan, the last at the lowest loss scale if there is one.
+            SystemExit: a signal has stopped the run, and a checkpoint is written.
         """
-        device = _check_fit(module, train_dataloader, val_dataloader)
-        with open_team(self.config.strategy, device) as team:
-            run = self._run = self._start(team, device, module, train_dataloader, val_dataloader, ckpt_path)
+        config = self.config
+        module, compiled, device = self._open(module)
+        given = {"train_dataloader": train_dataloaders, "val_dataloader": val_dataloaders}
+        with (
+            open_team(config.strategy, device) as team,
+            watch(self, max_time=config.max_time, signals=config.enable_checkpointing) as stops,
+        ):
+            team.check_alike("the Trainer's configuration", config.alike())
+            train_loader, val_loader = self._loaders("fit", team, module, given, datamodule)
+            _check_loaders(module, train_loader, val_loader)
+            self.should_stop = False
+            run = self._run = start_run(self, team, module, compiled, (train_loader, val_loader), device, ckpt_path)
+            status = "failed"
             try:
-                while not self._finished():
+                run.hooks.call("on_fit_start")
+                while not self._finished(run):
                     epoch_complete = self._train_epoch(run)
+                    if self.should_stop and any(team.gather(stops.signal)):
+                        path = self._save(run)
+                        team.say(f"stopped by a signal; {path} is where ckpt_path='last' goes on")
+                        raise SystemExit(STOPPED)
                     metrics = self._validate(run)
                     if epoch_complete:
                         self._end_epoch(run, metrics)
-                    if self.config.enable_checkpointing:
+                    if config.enable_checkpointing:
                         self._save(run)
+                run.hooks.call("on_fit_end")
                 run.let_go()
+                status = "success"
+            except BaseException as error:
+                run.hooks.call("on_exception", error)
+                raise
             finally:
-                run.close()
+                run.close(status)
+
+    def validate(
+        self, module: Module, dataloaders: Any = None, datamodule: DataModule | None = None, *, ckpt_path: Any = None
+    ) -> list[dict[str, float]]:
+        """Run `validation_step` over loaders; return, in a list, the metrics' means, and show them.
+
+        Args:
+            module: evaluated with its own weights, or those of `ckpt_path`.
+            dataloaders: one loader, or a list of DataLoaders; None: the data module's or module's `val_dataloader()`.
+            datamodule: makes the loader.
+            ckpt_path: a checkpoint whose weights to take.
+        """
+        return self._evaluate("val", "validation_step", module, dataloaders, datamodule, ckpt_path)
+
+    def test(
+        self, module: Module, dataloaders: Any = None, datamodule: DataModule | None = None, *, ckpt_path: Any = None
+    ) -> list[dict[str, float]]:
+        """As `validate`, with `test_step` and `test_dataloader()`."""
+        return self._evaluate("test", "test_step", module, dataloaders, datamodule, ckpt_path)
+
+    def predict(
+        self, module: Module, dataloaders: Any = None, datamodule: DataModule | None = None, *, ckpt_path: Any = None
+    ) -> list[Any]:
+        """Return what `predict_step` gives for every batch; on several ranks those of this rank's part."""
+        found: list[Any] = self._evaluate("predict", "predict_step", module, dataloaders, datamodule, ckpt_path)
+        return found
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the state of the run, from which `fit(..., ckpt_path=path)` goes on bit for bit.
@@ -215,293 +244,395 @@ class Trainer:
         """
         if self._run is None:
             raise RuntimeError("save_checkpoint: there is nothing to save before fit")
-        state = self._state(self._run)
+        state = state_of(self, self._run)
         if self._run.team.rank == 0:
             write_checkpoint(path, state)
 
-    def _save(self, run: _Run) -> None:
-        state = self._state(run)
-        if run.team.rank == 0:
-            run.checkpoints.save(self.global_step, state)
+    # ---- where the run stands -----------------------------------------------------------------------------------
 
-    def _finished(self) -> bool:
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps applied. On a device this waits for what was queued there."""
+        if self._pending and self._run is not None:
+            self._settle(self._run)
+        return self._steps
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those of the last `fit`."""
+        return [] if self._run is None else [setup.optimizer for setup in self._run.setups]
+
+    @property
+    def schedulers(self) -> list[LRScheduler]:
+        """Those of the last `fit`."""
+        return [] if self._run is None else [one.scheduler for one in self._run.setups if one.scheduler is not None]
+
+    @property
+    def loggers(self) -> list[Any]:
+        """Those of the last `fit`; none but on rank 0."""
+        return [] if self._run is None else self._run.loggers
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank."""
+        return 0 if self._run is None else self._run.team.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return 1 if self._run is None else self._run.team.size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.global_rank == 0
+
+    @property
+    def default_root_dir(self) -> Path:
+        """The folder of the run."""
+        return self.config.default_root_dir
+
+    @property
+    def num_training_batches(self) -> int | None:
+        """Batches an epoch; None: unknown."""
+        return None if self._run is None else self._run.length
+
+    def begin(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Stand at the start, or where a checkpoint says."""
+        self._pending: list[StepInfo] = []  # steps of which the host does not know yet whether they were applied
+        self._steps: int = 0 if saved is None else saved["global_step"]
+        self.current_epoch: int = 0 if saved is None else saved["epoch"]
+        self.batch_idx: int = 0 if saved is None else saved["batch_idx"]
+        self.skipped_steps: int = 0 if saved is None else saved["skipped_steps"]
+        self.callback_metrics = {} if saved is None else dict(saved["callback_metrics"])
+        self.should_stop = False
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def _finished(self, run: Run) -> bool:
         config = self.config
-        return config.max_steps == self.global_step or config.max_epochs == self.current_epoch
+        if config.max_steps == self.global_step or config.max_epochs == self.current_epoch:
+            return True
+        return any(run.team.gather(self.should_stop))
 
-    def _train_epoch(self, run: _Run) -> bool:
-        """Train through the rest of an epoch, or up to max_steps. Return whether the epoch came to its end."""
-        config, scaler, optimizer, progress = self.config, run.scaler, run.setup.optimizer, run.progress
-        accumulate, length, save_every = config.accumulate_grad_batches, run.length, config.checkpoint_every_n_steps
-        training_step = PRECISIONS[config.precision].wrap(run.module.training_step, run.device.type)
-        clip = _clip_arguments(config.gradient_clip_val, config.gradient_clip_algorithm)
-        schedule = run.setup.scheduler if run.setup.interval == "step" else None
-        strategy, options = run.strategy, {"schedule": schedule, "ema": run.ema, **clip}
-        weight = strategy.weight if isinstance(strategy, Alone) else "weight"
-        self._open_batches(run)
-        first, micro, loss, step = self.batch_idx, 1, torch.zeros(()), None
+    def _train_epoch(self, run: Run) -> bool:
+        """Train through the rest of an epoch, or up to a limit. Return whether the epoch came to its end."""
+        config, scaler, manual, progress, hooks = self.config, run.scaler, run.manual, run.progress, run.hooks
+        accumulate, optimizer, log = (
+            config.accumulate_in(self.current_epoch),
+            run.setups[0].optimizer,
+            run.module._logged,
+        )
+        length, remote, every = run.length, run.remote, config.log_every_n_steps
+        save_every, validate_every = config.checkpoint_every_n_steps, self._validation_interval(run)
+        training_step, setup, strategy = run.training_step(), run.setups[0], run.strategy
+        by_step = setup.scheduler if setup.interval == "step" and manual is None else None
+        schedule, seldom = (by_step, None) if setup.frequency == 1 else (None, by_step)
+        options = {"schedule": schedule, "ema": self.ema, **_clip_arguments(config)}
+        alone, weight_name = isinstance(strategy, Alone), "grad_divisor" if isinstance(strategy, Alone) else "weight"
+        batch_start, batch_end = hooks["on_train_batch_start"], hooks["on_train_batch_end"]
+        step_end = hooks["on_train_step_end"]
+        before = self._before_step(run) if hooks["on_before_optimizer_step"] and manual is None else None
+        if before is not None and not alone:
+            options["before"] = before
+        run.open_batches(self, accumulate)
+        log.training = True
+        first, micro, loss, step, stopped = self.batch_idx, 1, torch.zeros(()), None, self.should_stop and alone
+        if first == 0:
+            hooks.call("on_train_epoch_start")
 
-        while self.global_step != config.max_steps:
+        while self._steps != config.max_steps and not stopped:
             # One window: the gradients of up to `accumulate` micro-batches, summed up, with the last also over ranks.
             run.inside_window = True
-            optimizer.zero_grad(set_to_none=True)
-            micro = 0
-            for batch, last in islice(run.batches, accumulate):
+            micro, total = 0, 0.0
+            if manual is None:
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                manual.open()
+            for batch, last in islice(run.batches, accumulate if manual is None else 1):
+                for hook in batch_start:
+                    hook(batch, self.batch_idx + micro)
+                log.batch = batch
                 output = training_step(batch, self.batch_idx + micro)
-                part = output if type(output) is Tensor else _loss_of(output)
-                scaled = part if scaler is None else scaler.scale(part)
-                if last:
-                    scaled.backward()  # type: ignore[no-untyped-call]
-                else:
-                    with strategy.accumulate(last=False):
+                part, weight = (output, 1) if type(output) is Tensor else _loss_of(output, manual is not None)
+                if manual is None:
+                    part = part if weight == 1 else part * weight
+                    scaled = part if scaler is None else scaler.scale(part)
+                    if last:
                         scaled.backward()  # type: ignore[no-untyped-call]
+                    else:
+                        with strategy.accumulate(last=False):
+                            scaled.backward()  # type: ignore[no-untyped-call]
+                for hook in batch_end:
+                    hook(output, batch, self.batch_idx + micro)
                 loss = part.detach() if micro == 0 else loss + part.detach()
-                micro += 1
+                micro, total = micro + 1, total + weight
             if micro == 0:
                 run.inside_window = False
                 break
-            loss = loss / micro
+            loss = loss / total
 
             # One step: check, unscale, divide and clip the gradients; parameters, averages, loss scale, schedule. A
             # skipped step is no step: besides the loss scale nothing moves, neither the schedule nor the step count.
-            options[weight] = micro
-            step = strategy.step(scaler, **options)
+            if manual is None:
+                options[weight_name] = total if before is None or not alone else before(total)
+                if not alone:
+                    options["stop"] = self.should_stop
+                step = strategy.step(scaler, **options)
+            else:
+                manual.close()
+                step = manual.info
             self.batch_idx += micro
             run.inside_window = False
-            if not step.applied or getattr(optimizer, "step_was_skipped", False):
-                self._count_skip(run, step)
+            if remote and step is not None:
+                # The host counts on it and asks the device only where something hangs on the count.
+                self._pending.append(step)
+                self._steps += 1
+                marks = (every, save_every, seldom and setup.frequency)
+                asks = self._steps == config.max_steps or any(mark and self._steps % mark == 0 for mark in marks)
+                applied = asks and self._settle(run)
+            elif step is None or not step.applied or getattr(optimizer, "step_was_skipped", False):
+                applied = False
+                if step is not None:
+                    self._count_skip(run, step)
             else:
-                self.global_step += 1
+                applied = True
+                self._steps += 1
                 run.skipped_in_a_row = 0
-                if self.global_step % config.log_every_n_steps == 0:
+            if applied:
+                if seldom is not None and self._steps % setup.frequency == 0:
+                    seldom.step()
+                if self._steps % every == 0:
                     self._log(run, loss, step)
-                if save_every is not None and self.global_step % save_every == 0:
-                    self._save(run)
+            if validate_every and self.batch_idx // validate_every > (self.batch_idx - micro) // validate_every:
+                self._validate(run)
+            for hook in step_end:
+                hook(step)
+            if applied and save_every is not None and self._steps % save_every == 0:
+                self._save(run)
             if progress is not None and perf_counter() >= progress.next_draw:
-                progress.draw(epoch=self.current_epoch, step=self.global_step, loss=loss.item())
+                self._draw(run, loss)
+            stopped = self.should_stop if alone else strategy.stop
 
-        if self.batch_idx == 0:
-            raise ValueError(no_batch_message("train_dataloader", run.train_loader))
+        if self.batch_idx == 0 and not stopped:
+            raise ValueError(no_batch_message("train_dataloaders", run.train_loader))
+        self.should_stop = stopped or self.should_stop
         if self.batch_idx > first:
-            if self.global_step % config.log_every_n_steps != 0:
+            if self.global_step % every != 0:
                 self._log(run, loss, step)
             if progress is not None:
-                progress.draw(epoch=self.current_epoch, step=self.global_step, loss=loss.item())
+                self._draw(run, loss)
         return micro == 0 or self.batch_idx == length
 
-    def _open_batches(self, run: _Run) -> None:
-        """Start the epoch's batches; in a resumed epoch, draw and drop those already trained on."""
-        loader, resumed = run.train_loader, self.batch_idx > 0
-        if resumed and run.epoch_rng is not None:
-            # Their order follows from the random states at the epoch's start, which the checkpoint holds.
-            restore_rng(run.epoch_rng, loader)
-        else:
-            run.epoch_rng = capture_rng(run.device, loader)
-        batches = start_epoch(loader, self.current_epoch, run.device)
-        if resumed:
-            skip_batches(batches, self.batch_idx)
-            if run.resume_rng is not None:  # else the saved run had not this rank
-                restore_rng(run.resume_rng, loader)
-        if run.length is None and run.team.size > 1:
-            batches = run.team.while_all_have(batches)
-        ahead = self.config.accumulate_grad_batches if run.team.ranks is not None else 1
-        run.batches = zip(batches, repeat(True)) if ahead == 1 else with_ends(batches, ahead)
+    def _before_step(self, run: Run) -> Callable[[float], float]:
+        """For on_before_optimizer_step: unscale and divide the gradients in place, and call it."""
+        if not isinstance(run.strategy, Alone) and run.strategy.name != "ddp":
+            raise NotImplementedError(
+                f"on_before_optimizer_step: under {run.strategy.name} no rank has whole gradients; use ddp, or read "
+                "grad_norm among the metrics"
+            )
 
-    def _count_skip(self, run: _Run, step: StepInfo) -> None:
+        def before(divisor: float) -> float:
+            optimizer = run.setups[0].optimizer
+            if run.scaler is not None:
+                run.scaler.unscale_(optimizer)
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if divisor != 1 and grads:
+                torch._foreach_div_(grads, divisor)
+            run.hooks.call("on_before_optimizer_step", optimizer)
+            return 1.0
+
+        return before
+
+    def _settle(self, run: Run) -> bool:
+        """Ask the device which of the steps it was given were applied; return whether the last was."""
+        pending, self._pending = self._pending, []
+        flags = torch.stack([step.applied for step in pending]).tolist()
+        for step, applied in zip(pending, flags, strict=True):
+            if applied:
+                run.skipped_in_a_row = 0
+            else:
+                self._steps -= 1
+                self._count_skip(run, step)
+        return bool(flags[-1])
+
+    def _count_skip(self, run: Run, step: StepInfo) -> None:
         self.skipped_steps += 1
         run.skipped_in_a_row += 1
         if run.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW and run.scaler is None:
-            where = name_of(run.setup.optimizer, int(step.first_bad)) if step.first_bad >= 0 else "unknown"
+            where = name_of(run.setups[0].optimizer, int(step.first_bad)) if step.first_bad >= 0 else "unknown"
             raise FloatingPointError(
                 f"{run.skipped_in_a_row} steps in a row met an inf or nan: the loss or the model itself is not finite "
                 f"(epoch {self.current_epoch}, batch {self.batch_idx - 1}, first bad gradient: {where})"
             )
 
-    def _log(self, run: _Run, loss: Tensor, step: StepInfo | None) -> None:
+    def _draw(self, run: Run, loss: Tensor) -> None:
+        assert run.progress is not None
+        metrics = {"loss": loss.item(), **run.module._logged.shown()}
+        run.progress.draw(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
+
+    def _log(self, run: Run, loss: Tensor, step: StepInfo | None) -> None:
         """Write the metrics of the window just done. Besides progress, the only place that waits for the device.
 
-        The loss is the mean over the ranks, all else rank 0's.
+        The loss and what asks for it are means over the ranks, all else rank 0's.
         """
-        logged, mean = run.module.take_logged(), run.team.mean(loss.item())
-        if run.logger is None:
-            return
-        metrics = {"loss": mean, "lr": float(run.setup.optimizer.param_groups[0]["lr"])}
+        loss_and, logged = {}, run.module._logged.read(run.team, loss.item())
+        loss_and["loss"] = logged.pop("loss")
+        metrics = loss_and | {"lr": float(run.setups[0].optimizer.param_groups[0]["lr"])}
         if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
             metrics["grad_norm"] = step.grad_norm.item()
         if run.scaler is not None:
             metrics["loss_scale"] = run.scaler.get_scale()
         metrics["skipped_steps"] = self.skipped_steps
         metrics["seconds"] = round(perf_counter() - run.started, 3)
-        for name, value in logged.items():
-            metrics[name] = value.item() if isinstance(value, Tensor) else value
-        run.logger.log(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
+        self._write(run, metrics | logged)
 
-    def _validate(self, run: _Run) -> dict[str, float]:
+    def _write(self, run: Run, metrics: dict[str, float]) -> None:
+        """Give a line of metrics to callbacks and loggers."""
+        run.hooks.call("log_metrics", metrics)
+        self.callback_metrics.update({name: value for name, value in metrics.items() if name != "seconds"})
+        if run.loggers:
+            shown = run.module._logged.for_loggers(metrics)
+            for logger in run.loggers:
+                logger.log_metrics(shown, self.global_step, self.current_epoch)
+
+    def _validation_interval(self, run: Run) -> int | None:
+        """After how many batches to validate inside this epoch; None: not."""
+        interval, config = self.config.val_check_interval, self.config
+        if interval is None or run.val_loader is None or (self.current_epoch + 1) % config.check_val_every_n_epoch:
+            return None
+        return max(1, take_of("val_check_interval", interval, run.length) or 1)
+
+    def _validate(self, run: Run) -> dict[str, float]:
         """Validate, where there is a validation loader; write, show and return the metrics."""
-        if run.val_loader is None:
+        config, place = self.config, (self.current_epoch, self.batch_idx)
+        off = (self.current_epoch + 1) % config.check_val_every_n_epoch != 0 or config.limit_val_batches == 0
+        if run.val_loader is None or off or run.validated_at == place:
             return {}
-        step = PRECISIONS[self.config.precision].wrap(run.module.validation_step, run.device.type)
+        run.validated_at = place
         run.strategy.send_buffers()
-        with run.ema.swap() if run.ema is not None and run.ema.n_averaged else nullcontext():
-            metrics = validate(run.module, step, run.val_loader, run.device, run.team)
-        if run.logger is not None:
-            run.logger.log(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
+        run.hooks.call("on_validation_epoch_start")
+        with self.ema.swap() if self.ema is not None and self.ema.n_averaged else nullcontext():
+            metrics = evaluate(
+                run.module, run.wrap("validation_step"), run.val_loader, run.device, run.team,
+                dtype=run.mode.dtype, limit=config.limit_val_batches, hooks=run.hooks,
+            )  # fmt: skip
+        self._write(run, metrics)
         if run.progress is not None:
             run.progress.message(f"epoch {self.current_epoch + 1}  validation  {format_metrics(metrics)}")
+        run.hooks.call("on_validation_epoch_end")
         return metrics
 
-    def _end_epoch(self, run: _Run, metrics: dict[str, float]) -> None:
-        """Advance a schedule that counts epochs, then the epoch."""
-        scheduler, monitor = run.setup.scheduler, run.setup.monitor
-        if isinstance(scheduler, ReduceLROnPlateau) and monitor is not None:
-            if monitor not in metrics:
-                raise ValueError(
-                    f"configure_optimizers: monitor {monitor!r} is not among the validation metrics {list(metrics)}"
-                )
-            scheduler.step(metrics[monitor])
-        elif scheduler is not None and run.setup.interval == "epoch":
-            scheduler.step()
+    def _end_epoch(self, run: Run, metrics: dict[str, float]) -> None:
+        """Write the epoch's means, advance schedules that count epochs, then the epoch."""
+        means = run.module._logged.close_epoch(run.team)
+        if means:
+            self._write(run, means)
+        run.hooks.call("on_train_epoch_end")
+        for setup in run.setups:
+            scheduler = setup.scheduler
+            due = (self.current_epoch + 1) % setup.frequency == 0 and run.manual is None
+            if isinstance(scheduler, ReduceLROnPlateau) and setup.monitor is not None and due:
+                found = metrics or self.callback_metrics
+                if setup.monitor not in found:
+                    raise ValueError(
+                        f"configure_optimizers: monitor {setup.monitor!r} is not among the validation metrics "
+                        f"{list(metrics)}"
+                    )
+                scheduler.step(found[setup.monitor])
+            elif scheduler is not None and setup.interval == "epoch" and due:
+                scheduler.step()
         self.current_epoch += 1
         self.batch_idx = 0
 
-    def _start(
-        self,
-        team: Team,
-        device: torch.device,
-        module: Module,
-        train_loader: Iterable[Any],
-        val_loader: Iterable[Any] | None,
-        ckpt_path: str | os.PathLike[str] | None,
-    ) -> _Run:
-        """Check what `fit` was given and build the run, fresh or from a checkpoint."""
-        config = self.config
-        team.check_alike("the Trainer's configuration", config.alike())
-        checkpoints = CheckpointFolder(config.checkpoint_dir, config.keep_checkpoints)
-        path = team.gather(checkpoints.newest() if ckpt_path == "last" else ckpt_path)[0]
-        saved = None if path is None else load_checkpoint(path)
-        if saved is None and config.seed is not None:
-            seed_all(config.seed)
-        setup = read_optimizers(module.configure_optimizers())
-        check_release(setup.optimizer, config, team.name)
-        scaler = PRECISIONS[config.precision].make_scaler()
-        if saved is not None:
-            average, precision = config.ema_decay, config.precision
-            check_fits(path, saved, module=module, setup=setup, precision=precision, scaler=scaler, ema=average)
-            team.check_alike("the checkpoint", [f"{key} {saved[key]}" for key in ("epoch", "global_step", "batch_idx")])
-        seed = order_seed(train_loader, config.seed) if saved is None else saved["data_seed"]
-        seed = team.gather(seed)[0]
-        train_loader = share_out(team, "train_dataloader", train_loader, seed)
-        val_loader = None if val_loader is None else share_out(team, "val_dataloader", val_loader, None)
-        length = loader_length(train_loader)
-        team.check_alike("the number of batches an epoch", ["unknown" if length is None else f"{length} batches"])
-        strategy = team.strategy(module, setup.optimizer)
-        self.ema = None if config.ema_decay is None else EMA(module, config.ema_decay)
-        if not module.training:
-            module.train()
-        own_rng, epoch_rng = None, None
-        if saved is None:
-            self.current_epoch = self.global_step = self.batch_idx = self.skipped_steps = 0
-            if config.seed is not None and team.rank > 0:
-                seed_all(team.seed_of(config.seed))
-        else:
-            self._restore(saved, module, setup, scaler, strategy)
-            checkpoints.adopt(Path(path))
-            own_rng, epoch_rng = restore_ranks_rng(saved, team, train_loader)
-        total, lines = config.total_steps(length), None if saved is None else saved["metrics_lines"]
-        first = team.rank == 0
-        return _Run(
-            module=module,
-            device=device,
-            team=team,
-            strategy=strategy,
-            setup=setup,
-            scaler=scaler,
-            ema=self.ema,
-            train_loader=train_loader,
-            val_loader=val_loader,
-            length=length,
-            checkpoints=checkpoints,
-            logger=JsonLinesLogger(config.metrics_path, keep_lines=lines) if first else None,
-            progress=make_progress(self.global_step, total) if first and config.enable_progress_bar else None,
-            started=perf_counter(),
-            skipped_in_a_row=0 if saved is None else saved["skipped_in_a_row"],
-            epoch_rng=epoch_rng,
-            resume_rng=own_rng,
-            data_seed=seed,
+    def _save(self, run: Run) -> Path | None:
+        state = state_of(self, run)
+        return run.checkpoints.save(self.global_step, state) if run.team.rank == 0 else None
+
+    # ---- what all loops begin with ------------------------------------------------------------------------------
+
+    def _open(self, module: Any) -> tuple[Module, Callable[..., Any] | None, torch.device]:
+        """Check the module, start the ranks; return it, what torch.compile has made around it, and its device."""
+        compiled, module = getattr(module, "dynamo_ctx", None), getattr(module, "_orig_mod", module)
+        if not isinstance(module, Module):
+            raise TypeError(f"fit: module must be a pytrain.Module, got {type(module).__name__}")
+        first = next(module.parameters(), None)
+        if first is None:
+            raise ValueError(f"fit: module {type(module).__name__} has no parameters to train")
+        if self.config.devices != "auto":
+            start_ranks(self.config.devices)
+        self.config.apply()
+        module._trainer = self
+        return module, compiled, self.config.device_for(first.device)
+
+    def _loaders(
+        self, stage: str, team: Team, module: Module, given: dict[str, Any], datamodule: DataModule | None
+    ) -> list[Any]:
+        """The loaders of a stage; a data module may stand in the place of the first."""
+        first, loader = next(iter(given.items()))
+        if isinstance(loader, DataModule) or (loader is not None and hasattr(loader, first)):
+            given, datamodule = {**given, first: None}, loader
+        owners = [owner for owner in (datamodule, module) if owner is not None]
+        return open_data(team, stage, owners, given)
+
+    def _evaluate(self, kind: str, method: str, module: Any, loader: Any, datamodule: Any, ckpt_path: Any) -> list[Any]:
+        module, compiled, device = self._open(module)
+        config, mode, limit = (
+            self.config,
+            PRECISIONS[self.config.precision],
+            getattr(self.config, f"limit_{kind}_batches"),
         )
-
-    def _state(self, run: _Run) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on."""
-        if run.inside_window:
-            raise RuntimeError("a checkpoint can only be taken between optimizer steps, and one is under way")
-        scheduler, scaler = run.setup.scheduler, run.scaler
-        run.strategy.send_buffers()
-        states = run.random_states()
-        return {
-            "format": FORMAT,
-            "precision": self.config.precision,
-            "module": run.module.state_dict(),
-            "optimizer": run.strategy.state_dict(),
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "ema": None if run.ema is None else run.ema.state_dict(),
-            "epoch": self.current_epoch,
-            "global_step": self.global_step,
-            "batch_idx": self.batch_idx,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": run.skipped_in_a_row,
-            "metrics_lines": 0 if run.logger is None else run.logger.lines,
-            "rng": [now for now, _ in states],
-            "epoch_rng": [start for _, start in states],
-            "data_seed": run.data_seed,
-        }
-
-    def _restore(
-        self,
-        saved: dict[str, Any],
-        module: Module,
-        setup: OptimizerSetup,
-        scaler: LossScaler | None,
-        strategy: Alone | Strategy,
-    ) -> None:
-        """Put back what `_state` returned, but for the random states."""
-        module.load_state_dict(saved["module"])
-        strategy.load_state_dict(saved["optimizer"])
-        if setup.scheduler is not None:
-            setup.scheduler.load_state_dict(saved["scheduler"])
-        if scaler is not None:
-            scaler.load_state_dict(saved["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"])
-        self.current_epoch, self.global_step = saved["epoch"], saved["global_step"]
-        self.batch_idx, self.skipped_steps = saved["batch_idx"], saved["skipped_steps"]
+        if kind != "predict" and getattr(type(module), method) is getattr(Module, method):
+            raise ValueError(f"{method}: {type(module).__name__} has none")
+        with open_team(config.strategy, device) as team:
+            stage = "validate" if kind == "val" else kind
+            (loader,) = self._loaders(stage, team, module, {f"{kind}_dataloader": loader}, datamodule)
+            _check_loader(f"{stage}: dataloaders", loader)
+            if ckpt_path is not None:
+                module.load_state_dict(load_checkpoint(ckpt_path)["module"])
+            module.to(device=device, dtype=mode.dtype)
+            step = getattr(module, method)
+            step = mode.wrap(step if compiled is None else compiled(step), device.type)
+            shared = share_val(team, f"{kind}_dataloaders", loader)
+            if kind == "predict":
+                found = [predict(module, step, one, device, mode.dtype, limit) for one in several(shared)]
+                return found if len(found) > 1 else found[0]
+            metrics = evaluate(module, step, shared, device, team, kind=kind, dtype=mode.dtype, limit=limit)
+            if config.enable_progress_bar:
+                team.say(f"{stage}  {format_metrics(metrics)}")
+        return [metrics]
 
 
-def _check_fit(module: Module, train_loader: Iterable[Any], val_loader: Iterable[Any] | None) -> torch.device:
-    """Check the arguments of `fit`; return the device of the module."""
-    if not isinstance(module, Module):
-        raise TypeError(f"fit: module must be a pytrain.Module, got {type(module).__name__}")
-    for name, loader in (("train_dataloader", train_loader), ("val_dataloader", val_loader)):
-        if not hasattr(loader, "__iter__") and not (loader is None and name == "val_dataloader"):
-            raise TypeError(f"fit: {name} must be an iterable of batches, got {type(loader).__name__}")
-    if val_loader is not None and type(module).validation_step is Module.validation_step:
-        raise ValueError(f"fit: val_dataloader is given, but {type(module).__name__} has no validation_step")
-    first = next(module.parameters(), None)
-    if first is None:
-        raise ValueError(f"fit: module {type(module).__name__} has no parameters to train")
-    return first.device
+def _check_loaders(module: Module, train_loader: Any, val_loader: Any) -> None:
+    _check_loader("fit: train_dataloaders", train_loader)
+    if val_loader is not None:
+        _check_loader("fit: val_dataloaders", val_loader)
+        if type(module).validation_step is Module.validation_step:
+            raise ValueError(f"fit: val_dataloaders is given, but {type(module).__name__} has no validation_step")
 
 
-def _loss_of(output: Any) -> Tensor:
-    """Return the loss in what training_step returned, where that was not a plain tensor."""
+def _check_loader(name: str, loader: Any) -> None:
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
+
+
+def _loss_of(output: Any, manual: bool) -> tuple[Tensor, float]:
+    """Return the loss in what training_step returned, where that was not a plain tensor, and its weight."""
+    if output is None and manual:
+        return torch.zeros(()), 1
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         what = f"a dict with keys {list(output)}" if isinstance(output, dict) else type(output).__name__
         raise TypeError(f'training_step must return the loss, a tensor, or a dict with it as "loss"; got {what}')
-    return loss
+    weight = float(output.get("weight", 1)) if isinstance(output, dict) else 1.0
+    if not weight > 0:
+        raise ValueError(f'training_step: "weight" must be > 0, got {weight}')
+    return loss, weight
 
 
-def _clip_arguments(value: float | None, algorithm: ClipAlgorithm) -> dict[str, Any]:
+def _clip_arguments(config: TrainerConfig) -> dict[str, Any]:
     """Return the arguments of `pytrain.step` that clip."""
-    if value is None:
+    if config.gradient_clip_val is None:
         return {}
-    return {"max_norm": float(value)} if algorithm == "norm" else {"clip_value": float(value)}
+    name = "max_norm" if config.gradient_clip_algorithm == "norm" else "clip_value"
+    return {name: float(config.gradient_clip_val)}

@@ -1,65 +1,119 @@
-"""Validation: one pass over the validation loader that leaves the training as it was."""
+"""Validation, test and prediction: one pass over loaders that leaves the training as it was."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytrain.trainer.data import batch_size, no_batch_message, to_device
+from pytrain.launch import Team
+from pytrain.rng import preserved_rng
+from pytrain.trainer.config import Limit, take_of
+from pytrain.trainer.data import loader_length, no_batch_message, several, start_epoch
+from pytrain.trainer.hooks import Hooks
 from pytrain.trainer.module import Module
-from pytrain.trainer.ranks import Team
-from pytrain.trainer.rng import preserved_rng
+
+ARGUMENTS = {"val": "val_dataloaders", "test": "test_dataloaders", "predict": "predict_dataloaders"}
 
 
-def validate(
+def evaluate(
     module: Module,
-    validation_step: Callable[[Any, int], Tensor | None],
-    loader: Iterable[Any],
+    step: Callable[..., Any],
+    loader: Any,
     device: torch.device,
     team: Team,
+    *,
+    kind: str = "val",
+    dtype: torch.dtype | None = None,
+    limit: Limit = None,
+    hooks: Hooks | None = None,
 ) -> dict[str, float]:
     """Return the mean of each logged metric over the loader's batches on all ranks, weighted by batch size.
 
-    Runs in eval mode and without gradients; afterwards the mode of every submodule and all random states are what
-    they were, so that training goes the same way with validation and without.
+    Args:
+        module: what is evaluated; in eval mode and without gradients. Afterwards the mode of every submodule and all
+            random states are what they were, so that training goes the same way with validation and without.
+        step: its validation_step or test_step. A tensor that it returns is logged as `{kind}_loss`.
+        loader: a loader, or a list of DataLoaders: the step takes a dataloader_idx then, and names end in
+            "/dataloader_idx_0" and so on.
+        device: of the batches.
+        team: the ranks, each with its part.
+        kind: "val" or "test".
+        dtype: of the batches' floats.
+        limit: how many batches of each loader, or which share; None: all.
+        hooks: to call at batches' start and end.
 
     Raises:
         ValueError: the loader gave no batch.
-        TypeError: validation_step returned something else than a tensor or None.
+        TypeError: the step returned something else than a tensor or None.
     """
-    values: dict[str, list[tuple[Tensor | float, int]]] = {}
+    starts, ends = [() if hooks is None else hooks[f"on_validation_batch_{when}"] for when in ("start", "end")]
+    loaders, log = several(loader), module._logged
+    found: dict[str, float] = {}
+    log.take()
+    with eval_mode(module):
+        for number, one in enumerate(loaders):
+            values: dict[str, list[tuple[Tensor | float, int]]] = {}
+            index = (number,) if len(loaders) > 1 else ()
+            count = 0
+            with preserved_rng(device, one):
+                stop = take_of(f"limit_{kind}_batches", limit, loader_length(one))
+                for count, batch in enumerate(islice(start_epoch(one, 0, device, dtype), stop), 1):
+                    for hook in starts:
+                        hook(batch, count - 1)
+                    log.batch = batch
+                    output = step(batch, count - 1, *index)
+                    if output is not None:
+                        if not isinstance(output, Tensor):
+                            given = type(output).__name__
+                            word = {"val": "validation"}.get(kind, kind)
+                            raise TypeError(f"{word}_step must return a scalar tensor or None, got {given}")
+                        module.log(f"{kind}_loss", output)
+                    logged, size = log.take()
+                    for name, value in logged.items():
+                        values.setdefault(name, []).append((value, size))
+                    for hook in ends:
+                        hook(output, batch, count - 1)
+            own = {name: [(float(value) * size, size) for value, size in pairs] for name, pairs in values.items()}
+            everyone = team.gather((count, own))
+            if not any(batches for batches, _ in everyone) and stop != 0:
+                raise ValueError(no_batch_message(ARGUMENTS[kind], one))
+            names = dict.fromkeys(name for _, parts in everyone for name in parts)
+            means = {name: _mean([pair for _, parts in everyone for pair in parts.get(name, ())]) for name in names}
+            means |= log.close_metrics()
+            suffix = f"/dataloader_idx_{number}" if index else ""
+            found |= {name + suffix: value for name, value in means.items()}
+    return found
+
+
+def predict(
+    module: Module, step: Callable[..., Any], loader: Any, device: torch.device, dtype: torch.dtype | None, limit: Limit
+) -> list[Any]:
+    """Return what the step gives for every batch, in their order; arguments are those of `evaluate`."""
+    with eval_mode(module), preserved_rng(device, loader):
+        stop = take_of("limit_predict_batches", limit, loader_length(loader))
+        return [step(batch, i) for i, batch in enumerate(islice(start_epoch(loader, 0, device, dtype), stop))]
+
+
+@contextmanager
+def eval_mode(module: Module) -> Iterator[None]:
+    """Without gradients and in eval mode; every submodule is in its own mode again afterwards."""
     modes = [(part, part.training) for part in module.modules()]
-    count = 0
-    module.take_logged()
+    log, training = module._logged, module._logged.training
+    log.training = False
     module.eval()
     try:
-        with torch.no_grad(), preserved_rng(device, loader):
-            for batch in loader:
-                output = validation_step(to_device(batch, device), count)
-                if output is not None:
-                    if not isinstance(output, Tensor):
-                        raise TypeError(
-                            f"validation_step must return a scalar tensor or None, got {type(output).__name__}"
-                        )
-                    module.log("val_loss", output)
-                size = batch_size(batch)
-                for name, value in module.take_logged().items():
-                    values.setdefault(name, []).append((value, size))
-                count += 1
+        with torch.no_grad():
+            yield
     finally:
-        for part, training in modes:
-            part.training = training
-        module.take_logged()
-    own = {name: [(float(value) * size, size) for value, size in pairs] for name, pairs in values.items()}
-    everyone = team.gather((count, own))
-    if not any(number for number, _ in everyone):
-        raise ValueError(no_batch_message("val_dataloader", loader))
-    names = dict.fromkeys(name for _, found in everyone for name in found)
-    return {name: _mean([pair for _, found in everyone for pair in found.get(name, ())]) for name in names}
+        for part, mode in modes:
+            part.training = mode
+        log.step, log.size, log.training, log.batch = {}, None, training, None
 
 
 def _mean(pairs: list[tuple[float, int]]) -> float:

@@ -128,7 +128,7 @@ def overflow(group: Group, folder: Path, strategy: str) -> Any:
         trainer.global_step,
         trainer.skipped_steps,
         run.scaler.get_scale(),
-        run.setup.optimizer.param_groups[0]["lr"],
+        run.setups[0].optimizer.param_groups[0]["lr"],
     )
 
 
@@ -226,13 +226,12 @@ def auto(group: Group, folder: Path) -> Any:
     class Spy(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             run = self.trainer._run
-            names.append((type(run.strategy).__name__, run.team.size, run.logger is not None))
+            names.append((type(run.strategy).__name__, run.team.size, bool(run.loggers)))
             return super().training_step(batch, batch_idx)
 
     for strategy in ("auto", made, "single"):
-        module = Spy()
-        module.trainer = make_trainer(folder / str(dist.get_rank(group)), strategy=strategy, max_steps=1)
-        module.trainer.fit(module, joined(1))
+        trainer = make_trainer(folder / str(dist.get_rank(group)), strategy=strategy, max_steps=1)
+        trainer.fit(Spy(), joined(1))
     return names
 
 

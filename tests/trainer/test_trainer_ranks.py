@@ -139,7 +139,7 @@ def test_saving_after_fit_writes_all_ranks_state_once(two: Pool, strategy: str, 
     saved = load_checkpoint(tmp_path / "after.ckpt")
     assert first == second == saved["module"]["seen"].item() != 0.0
     assert len(saved["rng"]) == len(saved["epoch_rng"]) == 2 and saved["global_step"] == 3
-    assert [tuple(state["exp_avg"].shape) for state in saved["optimizer"]["state"].values()] == [
+    assert [tuple(state["exp_avg"].shape) for state in saved["optimizers"][0]["state"].values()] == [
         (16, 5), (16,), (3, 16), (3,),
     ]  # fmt: skip
 
@@ -147,7 +147,9 @@ def test_saving_after_fit_writes_all_ranks_state_once(two: Pool, strategy: str, 
 @pytest.mark.parametrize(("kind", "count"), [("plain", 8), ("shuffled", 9), ("generator", 8)])
 def test_a_sampler_is_put_in_where_there_is_none(two: Pool, kind: str, count: int, tmp_path: Path) -> None:
     found = two.run(2, cases.rows_of, tmp_path, kind, count, 0)
-    said = "pytrain: train_dataloader: a DistributedSampler shares its rows out to 2 ranks; batch_size is each rank's\n"
+    said = (
+        "pytrain: train_dataloaders: a DistributedSampler shares its rows out to 2 ranks; batch_size is each rank's\n"
+    )
     assert [text for _, text, _ in found] == [said, ""]
     epochs = []
     for epoch in (0, 1):
@@ -178,7 +180,7 @@ def test_what_has_its_own_order_is_left_alone_and_that_is_said(
     two: Pool, kind: str, reason: str, tmp_path: Path
 ) -> None:
     found = two.run(2, cases.rows_of, tmp_path, kind, 4, 0)
-    said = f"pytrain: train_dataloader is left as it is ({reason}): what it gives on a rank is that rank's part\n"
+    said = f"pytrain: train_dataloaders is left as it is ({reason}): what it gives on a rank is that rank's part\n"
     assert [text for _, text, _ in found] == [said, ""]
     assert [len(rows) for rows, *_ in found] == [4, 4]
     if kind != "replacement":

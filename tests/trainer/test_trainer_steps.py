@@ -151,7 +151,7 @@ def test_b3_b4_a_skipped_step_changes_nothing_and_is_no_step(kind: str, tmp_path
     ]
     assert changed == [False, True, False, True]
     assert (trainer.global_step, trainer.skipped_steps) == (2, 2)
-    optimizer = trainer._run.setup.optimizer  # type: ignore[union-attr]
+    optimizer = trainer.optimizers[0]  # type: ignore[union-attr]
     first_lr = OPTIMIZERS[kind]([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
     assert optimizer.param_groups[0]["lr"] == first_lr * 0.25
     for state in optimizer.state.values():

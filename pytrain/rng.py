@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pytrain.trainer.ranks import Team
+from pytrain.launch import Team
 
 
 def seed_all(seed: int) -> None:

@@ -1,13 +1,16 @@
-"""Who trains: this process alone or the ranks of torch.distributed, and the strategy that steps."""
+"""Who trains: this process alone or ranks, that torchrun or this program has started; and the strategy that steps."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 StrategyName = Literal["auto", "single", "ddp", "zero1", "zero2"]
 STRATEGIES = get_args(StrategyName)
+PATIENCE = 60.0  # seconds that the first rank waits, at its end, for those that it has started
 _starts = count()
 
 
@@ -63,10 +67,10 @@ class Team:
     ranks: Ranks | None = None
     rank: int = 0
     size: int = 1
-    made: Strategy | None = None
+    made: list[Strategy] = field(default_factory=list)
 
     def strategy(self, module: torch.nn.Module, optimizer: Optimizer) -> Alone | Strategy:
-        """Make the strategy, once.
+        """Make the strategy of an optimizer.
 
         Raises:
             TypeError: the callable that the trainer was given returned something else.
@@ -81,16 +85,16 @@ class Team:
             raise TypeError(
                 f"Trainer: strategy must return a pytrain.parallel.Strategy, {self.name} returned {type(made).__name__}"
             )
-        self.made = made
+        self.made.append(made)
         return made
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in their order."""
         return [value] if self.ranks is None else self.ranks.gather(value)
 
-    def mean(self, value: float) -> float:
-        """The mean over the ranks."""
-        return value if self.ranks is None else self.ranks.sum([value])[0] / self.size
+    def means(self, values: list[float]) -> list[float]:
+        """The mean over the ranks of each."""
+        return values if self.ranks is None or not values else [one / self.size for one in self.ranks.sum(values)]
 
     def check_alike(self, what: str, facts: Sequence[str]) -> None:
         """Raise RuntimeError on all ranks where one of them has other facts."""
@@ -100,7 +104,7 @@ class Team:
     def while_all_have(self, batches: Iterator[Any]) -> Iterator[Any]:
         """An epoch of unknown length ends for all ranks where the first has no more; costs a small sum a batch."""
         nothing = object()
-        while self.mean(float((batch := next(batches, nothing)) is not nothing)) == 1.0:
+        while self.means([float((batch := next(batches, nothing)) is not nothing)]) == [1.0]:
             yield batch
 
     def say(self, text: str) -> None:
@@ -152,8 +156,8 @@ def open_team(strategy: StrategyName | Maker, device: torch.device) -> Iterator[
         team = Team(name, kinds[strategy] if isinstance(strategy, str) else strategy, ranks, ranks.rank, ranks.size)
         yield team
     finally:
-        if team.made is not None:
-            team.made.abandon()  # closed already, but after an error
+        for made in team.made:
+            made.abandon()  # closed already, but after an error
         if not there:
             dist.destroy_process_group()
 
@@ -175,3 +179,41 @@ def _meeting() -> tuple[Any, int, int]:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     meeting: tuple[Any, int, int] = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     return meeting
+
+
+def start_ranks(devices: int) -> None:
+    """Run this program again, once for each further rank, as torchrun does; this process is rank 0 from now on.
+
+    Does nothing under a launcher, or where this was called before. The others end with this process.
+
+    Raises:
+        RuntimeError: there is no program to run again, as in a notebook.
+    """
+    if devices == 1 or under_torchrun():
+        return
+    program = sys.orig_argv[1:]
+    if hasattr(sys, "ps1") or not program or "ipykernel" in sys.modules:
+        raise RuntimeError(
+            f"Trainer: devices={devices} runs the program again for each rank, and this is an interactive session; put "
+            f"it in a file, or start it by torchrun --nproc-per-node {devices} file.py"
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // devices))}
+    os.environ |= {name: str(value) for name, value in (shared | {"RANK": 0, "LOCAL_RANK": 0}).items()}
+    others = [
+        subprocess.Popen([sys.executable, *program], env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(1, devices)
+    ]
+    atexit.register(_end, others)
+
+
+def _end(others: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for the other ranks, and end those that do not."""
+    for other in others:
+        try:
+            other.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            other.terminate()
