@@ -104,15 +104,17 @@ class StochasticWeightAveraging(Callback):
         self._start, self._annealing, self._linear = start, annealing_epochs, annealing_strategy == "linear"
         self._first = 0
         self._lrs_before: list[float] | None = None
+        self._ended = -1  # the last epoch whose end was averaged; a run that resumes from there ends it once more
         self._saved: dict[str, Any] | None = None
         self.average: ema.SWA | None = None
 
     def state_dict(self) -> dict[str, Any]:
         average = None if self.average is None else self.average.state_dict()
-        return {"lrs_before": self._lrs_before, "average": average}
+        return {"lrs_before": self._lrs_before, "ended": self._ended, "average": average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._lrs_before, self._saved = state_dict["lrs_before"], state_dict["average"]
+        self._ended = state_dict["ended"]
 
     def on_fit_start(self, trainer: Running, module: Module) -> None:
         if isinstance(self._start, float) and trainer.max_epochs is None:
@@ -139,11 +141,12 @@ class StochasticWeightAveraging(Callback):
         self._set_lrs(trainer)  # a schedule may have moved it
 
     def on_train_epoch_end(self, trainer: Running, module: Module) -> None:
-        if trainer.current_epoch >= self._first and self.average is not None:
+        if trainer.current_epoch >= self._first and trainer.current_epoch > self._ended and self.average is not None:
             self.average.update()
+            self._ended = trainer.current_epoch
 
     def on_fit_end(self, trainer: Running, module: Module) -> None:
-        average, self._lrs_before = self.average, None
+        average, self._lrs_before, self._ended = self.average, None, -1
         if average is None or not average.n_averaged:
             say(trainer, f"StochasticWeightAveraging: epoch {self._first} has no end, so nothing was averaged")
             return

@@ -137,11 +137,11 @@ class Throughput(Callback):
         self._counted = 0.0
         self._flops_per_sample: float | None = None
         self._since: float | None = None
-        self._pause = 0.0
+        self._pause: float | None = None
         self._done = {"samples": 0.0, "tokens": 0.0, "flops": 0.0}
 
     def on_fit_start(self, trainer: Running, module: Module) -> None:
-        self._since = self._flops_per_sample = None
+        self._since = self._pause = self._flops_per_sample = None
         if self._peak is None:
             self._peak = _peak_of(next(module.parameters()).device, trainer.config.precision)
 
@@ -172,15 +172,16 @@ class Throughput(Callback):
         self._pause = perf_counter()
 
     def on_validation_epoch_end(self, trainer: Running, module: Module) -> None:
-        if self._since is not None:
+        if self._since is not None and self._pause is not None:
             self._since += perf_counter() - self._pause
+        self._pause = None
 
     def on_exception(self, trainer: Running, module: Module, exception: BaseException) -> None:
         if self._counter is not None:
             self._stop_counting()
 
     def log_metrics(self, trainer: Running, module: Module, metrics: dict[str, float]) -> None:
-        if self._since is None or not self._done["samples"]:
+        if self._since is None or self._pause is not None or not self._done["samples"]:
             return
         seconds = perf_counter() - self._since
         for name, amount in self._done.items():

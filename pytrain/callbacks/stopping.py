@@ -63,6 +63,7 @@ class EarlyStopping(Callback):
         self.wait_count = self.stopped_epoch = 0
         self.best_score = math.inf if mode == "min" else -math.inf
         self.stopping_reason: str | None = None
+        self._looked_at = [-1, -1]  # epoch and step; a run that resumes from there comes by once more
 
     @property
     def state_key(self) -> str:
@@ -74,14 +75,22 @@ class EarlyStopping(Callback):
             "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
             "stopping_reason": self.stopping_reason,
+            "looked_at": self._looked_at,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.wait_count, self.stopped_epoch = state_dict["wait_count"], state_dict["stopped_epoch"]
         self.best_score, self.stopping_reason = state_dict["best_score"], state_dict["stopping_reason"]
+        self._looked_at = list(state_dict["looked_at"])
 
     def on_fit_start(self, trainer: Running, module: Module) -> None:
         self._monitor.start()
+
+    def on_fit_end(self, trainer: Running, module: Module) -> None:
+        self._looked_at = [-1, -1]
+
+    def on_exception(self, trainer: Running, module: Module, exception: BaseException) -> None:
+        self._looked_at = [-1, -1]
 
     def on_validation_epoch_end(self, trainer: Running, module: Module) -> None:
         if self._monitor.looks_after_validation():
@@ -92,11 +101,13 @@ class EarlyStopping(Callback):
             self._look(trainer)
 
     def _look(self, trainer: Running) -> None:
-        if not self.strict and self.monitor not in trainer.callback_metrics:
+        now = [trainer.current_epoch, trainer.global_step]
+        if now == self._looked_at or not (self.strict or self.monitor in trainer.callback_metrics):
             return
         value = self._monitor.read(trainer)
         if value is None:
             return
+        self._looked_at = now
         reason = self._judge(value)
         if reason is not None:
             self.stopping_reason = f"{self.monitor} {value:.6g} {reason}"

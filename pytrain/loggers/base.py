@@ -15,7 +15,7 @@ Status = Literal["success", "failed", "interrupted"]
 
 
 class Logger:
-    """Takes metrics; a subclass overrides `log_metrics`, and of the others what it needs. The trainer uses rank 0's only.
+    """Takes metrics; a subclass overrides `log_metrics`, and of the others what it needs. Called on rank 0 only.
 
     Nothing is written before the first call. `resume(step)`, where it is called, comes before all others.
 

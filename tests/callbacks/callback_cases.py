@@ -65,12 +65,13 @@ class SmallTrainer:
         skipped: Sequence[int] = (),
         kill_at: int | None = None,
         rank: int = 0,
+        log_every: int = 1,
         precision: str = "32",
     ) -> None:
         self.default_root_dir, self.callbacks = folder, list(callbacks)
         self.train_dataloader = rows() if loader is None else loader
         self.max_epochs, self.max_steps, self.num_training_batches = epochs, None, len(self.train_dataloader)
-        self.scores, self.skipped, self.kill_at = scores, skipped, kill_at
+        self.scores, self.skipped, self.kill_at, self.log_every = scores, skipped, kill_at, log_every
         self.enable_validation, self.global_rank, self.is_global_zero = scores is not None, rank, rank == 0
         self.config = SimpleNamespace(precision=precision, total_steps=lambda length: epochs * length)
         self.callback_metrics: dict[str, float] = {}
@@ -140,7 +141,8 @@ class SmallTrainer:
                     info = pytrain.step(self.optimizers[0], schedule=self.schedule, ema=self.ema)
                     self.optimizers[0].zero_grad()
                     self.global_step, self.in_epoch = self.global_step + 1, i + 1
-                    self.log({"loss": loss.item()})
+                    if self.global_step % self.log_every == 0:
+                        self.log({"loss": loss.item()})
                     self.call("on_train_step_end", info)
                     if self.global_step == self.kill_at:
                         raise KeyboardInterrupt
