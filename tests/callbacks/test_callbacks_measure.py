@@ -134,7 +134,9 @@ def test_mfu_is_the_share_of_the_peak_that_was_given(tmp_path: Path, clock: Cloc
 
 def test_counted_flops_are_those_of_the_layers_forward_and_backward(tmp_path: Path, clock: Clock) -> None:
     """Linear layers of 4 -> 8 -> 1: 2 m n k forward, twice that backward, but the input takes no gradient."""
-    line, *_, last = lines_of(tmp_path, Throughput(count_flops=True), module=Timed(clock), loader=rows(2) + rows(1, size=3))
+    line, *_, last = lines_of(
+        tmp_path, Throughput(count_flops=True), module=Timed(clock), loader=rows(2) + rows(1, size=3)
+    )
     first, second = 2 * 4 * 8, 2 * 8 * 1
     a_row = 2 * first + 3 * second
     assert line["device/flops_per_second"] == 6 * a_row / 2.0
@@ -177,7 +179,9 @@ def test_a_peak_is_taken_only_where_it_is_known(
 
 def traced_steps(path: Path) -> int:
     events = json.loads(path.read_text())["traceEvents"]
-    return sum(event["name"].startswith("Optimizer.step#") and event.get("cat") == "user_annotation" for event in events)
+    return sum(
+        event["name"].startswith("Optimizer.step#") and event.get("cat") == "user_annotation" for event in events
+    )
 
 
 class TorchNet(Net):
