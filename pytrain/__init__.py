@@ -11,18 +11,22 @@ from pytrain.clip import ClipGroup
 from pytrain.steps import StepInfo, open_step, step
 
 if TYPE_CHECKING:
-    from pytrain import ema, grads, parallel
+    from pytrain import callbacks, ema, grads, loggers, parallel
+    from pytrain.callbacks import Callback
     from pytrain.trainer import Module, Trainer
 
 __all__ = [
+    "Callback",
     "ClipGroup",
     "Module",
     "StepInfo",
     "Trainer",
     "__version__",
     "amp",
+    "callbacks",
     "ema",
     "grads",
+    "loggers",
     "open_step",
     "optim",
     "parallel",
@@ -31,9 +35,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the trainer, averages and strategies when they are first asked for, so that `import pytrain` stays small."""
-    if name in ("ema", "grads", "parallel"):
+    """Load the trainer, averages, strategies and so on when they are first asked for: `import pytrain` stays small."""
+    if name in ("callbacks", "ema", "grads", "loggers", "parallel"):
         return import_module(f"pytrain.{name}")
+    if name == "Callback":
+        return import_module("pytrain.callbacks").Callback
     if name in ("Module", "Trainer"):
         from pytrain import trainer
 
