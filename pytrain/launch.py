@@ -1,19 +1,21 @@
-"""Who trains: this process alone or ranks, that torchrun or this program has started; and the strategy that steps."""
+"""Who trains: this process alone or ranks, which torchrun or this program has started; and what ends them."""
 
 from __future__ import annotations
 
 import atexit
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 StrategyName = Literal["auto", "single", "ddp", "zero1", "zero2"]
 STRATEGIES = get_args(StrategyName)
 PATIENCE = 60.0  # seconds that the first rank waits, at its end, for those that it has started
+STOPPED = 143  # the exit code after a signal: 128 + SIGTERM, as shells have it
 _starts = count()
 
 
@@ -217,3 +220,47 @@ def _end(others: list[subprocess.Popen[bytes]]) -> None:
             other.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             other.terminate()
+
+
+class Stoppable(Protocol):
+    """What is asked to stop."""
+
+    should_stop: bool
+
+
+@dataclass
+class Stops:
+    """What has been asked of the run under way."""
+
+    signal: int = 0
+
+
+@contextmanager
+def watch(trainer: Stoppable, *, max_time: float | None, signals: bool) -> Iterator[Stops]:
+    """Set `trainer.should_stop` on SIGTERM or SIGUSR1, and after `max_time` seconds.
+
+    Signals are watched in the main thread only, and left alone where a handler is set already; at the end all is as it
+    was.
+    """
+    stops = Stops()
+
+    def stop(number: int = 0, frame: Any = None) -> None:
+        stops.signal = stops.signal or number
+        trainer.should_stop = True
+
+    main = threading.current_thread() is threading.main_thread()
+    watched = [one for one in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(one) is signal.SIG_DFL]
+    watched = watched if main and signals else []
+    timer = None if max_time is None else threading.Timer(max_time, stop)
+    for one in watched:
+        signal.signal(one, stop)
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield stops
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for one in watched:
+            signal.signal(one, signal.SIG_DFL)

@@ -10,12 +10,15 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import EnumMeta
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
+from torch import Tensor
 
 _MAGIC = b"PTRNCKPT"
 _SEAL_BYTES = len(_MAGIC) + 8 + 32
@@ -168,3 +171,76 @@ def read_pickle(data: bytes, allowed: Collection[tuple[str, str]]) -> Any:
     unpickler = _Unpickler(io.BytesIO(data))
     unpickler.allowed = allowed
     return unpickler.load()
+
+
+class CheckpointFolder:
+    """The automatic checkpoints of one run: step-<n>.ckpt, of which the newest `keep` stay (None: all).
+
+    Only files that this run wrote, or resumed from, are ever removed.
+
+    Args:
+        folder: where they are.
+        keep: how many stay.
+        background: write in a thread, of a copy in the CPU's memory; at most one is under way.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, *, background: bool = False) -> None:
+        self._folder, self._keep, self._background = folder, keep, background
+        self._own: list[Path] = []
+        self._writing: Future[None] | None = None
+
+    def newest(self, others: Sequence[Path] = ()) -> Path | None:
+        """Return the last written checkpoint that is whole, in this folder and others; None: there is none.
+
+        Says so where it had to pass over a damaged one.
+        """
+        found = {path for folder in (self._folder, *others) for path in folder.glob("*.ckpt")}
+        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            try:
+                read_checkpoint(path)
+            except CheckpointError as error:
+                print(f"pytrain: {error}; going on from the one before", file=sys.stderr, flush=True)
+            else:
+                return path
+        return None
+
+    def adopt(self, path: Path) -> None:
+        """Count `path`, where it lies in this folder, as the newest of this run; remove the oldest beyond `keep`."""
+        if path.parent.resolve() != self._folder.resolve():
+            return
+        self._own = [own for own in self._own if own != path] + [path]
+        while self._keep is not None and len(self._own) > self._keep:
+            self._own.pop(0).unlink(missing_ok=True)
+
+    def save(self, step: int, payload: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of an applied step, then remove the oldest ones. Return its path."""
+        path = self._folder / f"step-{step:08d}.ckpt"
+        self.wait()
+        if not self._background:
+            self._write(path, payload)
+            return path
+        pool = ThreadPoolExecutor(1, thread_name_prefix="pytrain-checkpoint")
+        self._writing = pool.submit(self._write, path, copied(payload))
+        pool.shutdown(wait=False)
+        return path
+
+    def wait(self) -> None:
+        """Return when all is written; raises what writing has raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, path: Path, payload: Mapping[str, Any]) -> None:
+        write_checkpoint(path, payload)
+        self.adopt(path)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a tree of plain data and tensors, on the CPU: what is written while training goes on."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, copied(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(copied(each) for each in value)
+    return value

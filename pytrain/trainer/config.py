@@ -36,6 +36,10 @@ def _check_count(name: str, value: Any, *, optional: bool = False, low: int = 1)
         raise ValueError(f"Trainer: {name} must be {kind}, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_limit(name: str, value: Any) -> None:
     """A number of batches, or a share of them."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -153,8 +157,8 @@ class TrainerConfig:
         if self.devices != "auto":
             _check_count("devices", self.devices)
         _check_count("seed", self.seed, optional=True, low=0)
-        _check_count("fast_dev_run", int(self.fast_dev_run) if self.fast_dev_run in (False, True) else self.fast_dev_run,
-                     low=0)  # fmt: skip
+        few = self.fast_dev_run
+        _check_count("fast_dev_run", int(few) if isinstance(few, bool) else few, low=0)
         if self.seed is not None and self.seed >= 2**32:
             raise ValueError(f"Trainer: seed must be below 2**32 (numpy's limit), got {self.seed}")
         for name in ("enable_progress_bar", "enable_checkpointing", "async_checkpoints"):
@@ -174,15 +178,10 @@ class TrainerConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Trainer: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        clip = self.gradient_clip_val
-        if clip is not None and not (
-            isinstance(clip, (int, float)) and not isinstance(clip, bool) and 0 < clip < math.inf
-        ):
+        clip, decay = self.gradient_clip_val, self.ema_decay
+        if clip is not None and not (_is_number(clip) and 0 < clip < math.inf):
             raise ValueError(f"Trainer: gradient_clip_val must be None or a finite number > 0, got {clip!r}")
-        decay = self.ema_decay
-        if decay is not None and not (
-            isinstance(decay, (int, float)) and not isinstance(decay, bool) and 0 <= decay < 1
-        ):
+        if decay is not None and not (_is_number(decay) and 0 <= decay < 1):
             raise ValueError(f"Trainer: ema_decay must be None or a number in [0, 1), got {decay!r}")
         if self.checkpoint_every_n_steps is not None and not self.enable_checkpointing:
             raise ValueError(

@@ -57,10 +57,10 @@ def start_epoch(
 
 
 class DataModule:
-    """Data in one place: the loaders of every stage. Override those that are used; see `Trainer.fit(datamodule=...)`."""
+    """Data in one place: the loaders of every stage. Override what is used; see `Trainer.fit(datamodule=...)`."""
 
     def prepare_data(self) -> None:
-        """Download and convert; called once a node, by its first rank, before the others go on. Sets nothing on self."""
+        """Download and convert; called once a node, by its first rank, while the others wait. Sets nothing on self."""
 
     def setup(self, stage: str) -> None:
         """Open the data, on every rank; stage is "fit", "validate", "test" or "predict"."""

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from pytrain.amp import LossScaler
 from pytrain.launch import Alone
 from pytrain.steps import StepInfo, StepWindow, open_step
+from pytrain.trainer.optimizers import OptimizerSetup
 
 if TYPE_CHECKING:
     from pytrain.parallel import Strategy
+    from pytrain.trainer.trainer import Trainer
 
 
 class ManualOptimizer:
-    """What `module.optimizers()` gives: an optimizer whose `step` unscales, checks, clips and averages as the trainer's.
+    """What `module.optimizers()` gives: an optimizer whose `step` unscales, checks, clips and averages.
 
     All else is the optimizer's own.
     """
@@ -47,11 +49,10 @@ class Manual:
     Several steps of different optimizers in one batch share one loss scale, which moves once, at the batch's end.
 
     Args:
-        optimizers: of the module.
+        setups: the module's optimizers.
         strategies: of each.
         scaler: the loss scale, or None.
-        ema: the averages, which follow the last optimizer that steps.
-        asked: says whether this rank is asked to stop.
+        trainer: has the averages, and says whether this rank is asked to stop.
 
     Raises:
         NotImplementedError: a loss scale on several ranks.
@@ -59,20 +60,19 @@ class Manual:
 
     def __init__(
         self,
-        optimizers: Sequence[Optimizer],
+        setups: Sequence[OptimizerSetup],
         strategies: Sequence[Alone | Strategy],
         scaler: LossScaler | None,
-        ema: Any,
-        asked: Callable[[], bool],
+        trainer: Trainer,
     ) -> None:
         if scaler is not None and not isinstance(strategies[0], Alone):
             raise NotImplementedError(
                 "manual optimization in fp16 on several ranks: each rank would move its own loss scale; use "
                 'precision="bf16-mixed", or automatic optimization'
             )
-        self.each = [ManualOptimizer(optimizer, self, i) for i, optimizer in enumerate(optimizers)]
-        self._optimizers, self._strategies, self._scaler, self._ema = list(optimizers), strategies, scaler, ema
-        self._asked = asked
+        self._optimizers = [setup.optimizer for setup in setups]
+        self.each = [ManualOptimizer(optimizer, self, i) for i, optimizer in enumerate(self._optimizers)]
+        self._strategies, self._scaler, self._trainer = strategies, scaler, trainer
         self._window: StepWindow | None = None
         self._hidden: list[Tensor] = []
         self.info: StepInfo | None = None
@@ -101,12 +101,12 @@ class Manual:
     def step(self, number: int, options: dict[str, Any]) -> StepInfo:
         """One optimizer's step."""
         optimizer = self._optimizers[number]
-        if self._ema is not None:
-            options.setdefault("ema", self._ema)
+        if self._trainer.ema is not None:
+            options.setdefault("ema", self._trainer.ema)
         if self._window is None:
             strategy = self._strategies[number]
             if not isinstance(strategy, Alone):
-                options["stop"] = self._asked()
+                options["stop"] = self._trainer.should_stop
             self.info = strategy.step(None, **options)
             return self.info
         if id(optimizer) in self._window.stepped:  # again in the same batch: a step of its own

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from pytrain.loggers.metrics import Metric, MetricLog
 from pytrain.trainer.checkpoint import load_checkpoint
-from pytrain.trainer.logs import Metric, MetricLog
 
 if TYPE_CHECKING:
     from pytrain.trainer.manual import Manual, ManualOptimizer
@@ -34,7 +34,7 @@ class Module(torch.nn.Module):
 
     Override `training_step` and `configure_optimizers`; all else is optional: `validation_step`, `test_step`,
     `predict_step`, loaders (`train_dataloader` and the others of `DataModule`) and the hooks of
-    `pytrain.callbacks.Callback`, which take the same arguments here but for trainer and module. `forward` is torch's own.
+    `pytrain.callbacks.Callback`, which here have no arguments trainer and module. `forward` is torch's own.
 
     Attributes:
         automatic_optimization: False: `training_step` calls `manual_backward` and steps `self.optimizers()` itself.

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pytrain.amp import name_of
+from pytrain.callbacks.progress import format_metrics
 from pytrain.ema import EMA
-from pytrain.launch import Alone, Maker, StrategyName, Team, open_team, start_ranks
+from pytrain.launch import STOPPED, Alone, Maker, StrategyName, Team, open_team, start_ranks, watch
 from pytrain.lightning import refuse_arguments
 from pytrain.steps import StepInfo
 from pytrain.trainer.checkpoint import load_checkpoint, write_checkpoint
@@ -25,9 +26,7 @@ from pytrain.trainer.config import Accelerator, ClipAlgorithm, Limit, Precision,
 from pytrain.trainer.data import DataModule, no_batch_message, open_data, several
 from pytrain.trainer.module import Module
 from pytrain.trainer.precision import PRECISIONS
-from pytrain.trainer.progress import format_metrics
-from pytrain.trainer.run import Run, share_val, start_run, state_of
-from pytrain.trainer.stops import STOPPED, watch
+from pytrain.trainer.run import Run, share_val
 from pytrain.trainer.validation import evaluate, predict
 
 MAX_SKIPS_IN_A_ROW = 64  # as LossScaler has it
@@ -66,7 +65,7 @@ class Trainer:
         callbacks: objects with hooks; see `pytrain.callbacks`.
         logger: True: JSON lines in `default_root_dir`; False: nothing is written; or one or several loggers, see
             `pytrain.loggers`.
-        deterministic: True: torch uses deterministic algorithms only; "warn": where it has them; None: leave that alone.
+        deterministic: True: torch uses deterministic algorithms only; "warn": where it has them; None: as it is set.
         seed: seeds torch, python and numpy when `fit` starts anew, 0 to 2**32 - 1, the same on all ranks until there
             is an optimizer and differently from there on; None: they are left alone.
         default_root_dir: folder of `metrics.jsonl` and `checkpoints/`.
@@ -135,7 +134,7 @@ class Trainer:
         self.callbacks: Sequence[Any] = self.config.callbacks
         self.ema: EMA | None = None
         self.callback_metrics: dict[str, float] = {}
-        self._run: Run | None = None
+        self.run: Run | None = None
         self.begin()
 
     # ---- what a user calls --------------------------------------------------------------------------------------
@@ -177,10 +176,10 @@ class Trainer:
             watch(self, max_time=config.max_time, signals=config.enable_checkpointing) as stops,
         ):
             team.check_alike("the Trainer's configuration", config.alike())
-            train_loader, val_loader = self._loaders("fit", team, module, given, datamodule)
-            _check_loaders(module, train_loader, val_loader)
+            loaders = self._loaders("fit", team, module, given, datamodule)
+            _check_loaders(module, *loaders)
             self.should_stop = False
-            run = self._run = start_run(self, team, module, compiled, (train_loader, val_loader), device, ckpt_path)
+            run = Run(self, team, module, compiled, loaders, device, ckpt_path)
             status = "failed"
             try:
                 run.hooks.call("on_fit_start")
@@ -242,10 +241,10 @@ class Trainer:
             RuntimeError: nothing was trained yet, or a step is under way (half of it cannot be saved).
             CheckpointError: some state cannot be read back safely.
         """
-        if self._run is None:
+        if self.run is None:
             raise RuntimeError("save_checkpoint: there is nothing to save before fit")
-        state = state_of(self, self._run)
-        if self._run.team.rank == 0:
+        state = self.run.state()
+        if self.run.team.rank == 0:
             write_checkpoint(path, state)
 
     # ---- where the run stands -----------------------------------------------------------------------------------
@@ -253,34 +252,34 @@ class Trainer:
     @property
     def global_step(self) -> int:
         """Optimizer steps applied. On a device this waits for what was queued there."""
-        if self._pending and self._run is not None:
-            self._settle(self._run)
+        if self._pending and self.run is not None:
+            self._settle(self.run)
         return self._steps
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """Those of the last `fit`."""
-        return [] if self._run is None else [setup.optimizer for setup in self._run.setups]
+        return [] if self.run is None else [setup.optimizer for setup in self.run.setups]
 
     @property
     def schedulers(self) -> list[LRScheduler]:
         """Those of the last `fit`."""
-        return [] if self._run is None else [one.scheduler for one in self._run.setups if one.scheduler is not None]
+        return [] if self.run is None else [one.scheduler for one in self.run.setups if one.scheduler is not None]
 
     @property
     def loggers(self) -> list[Any]:
         """Those of the last `fit`; none but on rank 0."""
-        return [] if self._run is None else self._run.loggers
+        return [] if self.run is None else self.run.loggers
 
     @property
     def global_rank(self) -> int:
         """This process's rank."""
-        return 0 if self._run is None else self._run.team.rank
+        return 0 if self.run is None else self.run.team.rank
 
     @property
     def world_size(self) -> int:
         """The number of ranks."""
-        return 1 if self._run is None else self._run.team.size
+        return 1 if self.run is None else self.run.team.size
 
     @property
     def is_global_zero(self) -> bool:
@@ -295,7 +294,7 @@ class Trainer:
     @property
     def num_training_batches(self) -> int | None:
         """Batches an epoch; None: unknown."""
-        return None if self._run is None else self._run.length
+        return None if self.run is None else self.run.length
 
     def begin(self, saved: Mapping[str, Any] | None = None) -> None:
         """Stand at the start, or where a checkpoint says."""
@@ -335,7 +334,7 @@ class Trainer:
         before = self._before_step(run) if hooks["on_before_optimizer_step"] and manual is None else None
         if before is not None and not alone:
             options["before"] = before
-        run.open_batches(self, accumulate)
+        run.open_batches(accumulate)
         log.training = True
         first, micro, loss, step, stopped = self.batch_idx, 1, torch.zeros(()), None, self.should_stop and alone
         if first == 0:
@@ -546,7 +545,7 @@ class Trainer:
         self.batch_idx = 0
 
     def _save(self, run: Run) -> Path | None:
-        state = state_of(self, run)
+        state = run.state()
         return run.checkpoints.save(self.global_step, state) if run.team.rank == 0 else None
 
     # ---- what all loops begin with ------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytrain.callbacks.hooks import Hooks
 from pytrain.launch import Team
 from pytrain.rng import preserved_rng
 from pytrain.trainer.config import Limit, take_of
 from pytrain.trainer.data import loader_length, no_batch_message, several, start_epoch
-from pytrain.trainer.hooks import Hooks
 from pytrain.trainer.module import Module
 
 ARGUMENTS = {"val": "val_dataloaders", "test": "test_dataloaders", "predict": "predict_dataloaders"}

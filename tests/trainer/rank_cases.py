@@ -120,7 +120,7 @@ def overflow(group: Group, folder: Path, strategy: str) -> Any:
     module = Regression(dtype=torch.float32, overflow_at=(2,) if rank == 1 else ())
     trainer = make_trainer(folder, strategy=strategy, max_epochs=1, precision="fp16-mixed", ema_decay=0.5)
     trainer.fit(module, part(joined(4, dtype=torch.float32), rank, size))
-    run = trainer._run
+    run = trainer.run
     assert run is not None and run.scaler is not None
     params = [p.detach().clone() for p in module.parameters()]
     return (
@@ -225,7 +225,7 @@ def auto(group: Group, folder: Path) -> Any:
 
     class Spy(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            run = self.trainer._run
+            run = self.trainer.run
             names.append((type(run.strategy).__name__, run.team.size, bool(run.loggers)))
             return super().training_step(batch, batch_idx)
 

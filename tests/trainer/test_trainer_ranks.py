@@ -278,7 +278,7 @@ for number, strategy in enumerate(("auto", "zero2")):
     module = cases.Regression(seed=rank)
     trainer = make_trainer(folder / str(number), max_epochs=2, strategy=strategy)
     trainer.fit(module, cases.part(cases.joined(3), rank, 2))
-    assert trainer._run.team.size == 2 and not dist.is_initialized()
+    assert trainer.run.team.size == 2 and not dist.is_initialized()
     trainer.save_checkpoint(folder / f"{{strategy}}.ckpt")
 
 class Fails(cases.Regression):

@@ -1,4 +1,4 @@
-"""Hooks: the methods of a module and of callbacks that the trainer calls at fixed points; none is called that is empty."""
+"""Hooks: the methods of a module and of callbacks that the trainer calls at fixed points; empty ones are not called."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from pytrain.callbacks.base import Callback
 from pytrain.lightning import check_hooks
 
-# Of modules and callbacks alike; a callback's have (trainer, module) before what is named here.
-HOOKS = (
-    "setup",  # stage, "fit", "validate", "test" or "predict": before a checkpoint is read; a module's has a place of its own
-    "on_fit_start",
-    "on_fit_end",
-    "on_exception",  # exception
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_train_batch_start",  # batch, batch_idx
-    "on_train_batch_end",  # outputs, batch, batch_idx
-    "on_train_step_end",  # info: pytrain.StepInfo of the step just taken
-    "on_before_optimizer_step",  # optimizer; gradients are unscaled in place for it
-    "on_validation_epoch_start",
-    "on_validation_epoch_end",
-    "on_validation_batch_start",  # batch, batch_idx
-    "on_validation_batch_end",  # outputs, batch, batch_idx
-    "on_save_checkpoint",  # checkpoint: may put plain data and tensors into it
-    "on_load_checkpoint",  # checkpoint
-    "log_metrics",  # metrics: a line that is about to be written; may put more into it
-)
+# The methods of `Callback`; a module's have the same arguments but for trainer and module.
+HOOKS = tuple(name for name, found in vars(Callback).items() if callable(found) and not name.endswith("state_dict"))
 Hook = Callable[..., Any]
 
 
@@ -35,6 +18,7 @@ class Hooks:
     """For each of HOOKS what there is to call: the callbacks' first, in their order, then the module's.
 
     Raises:
+        ValueError: two callbacks have one state_key.
         TypeError: a callback has no hook at all, or the module one of Lightning's that pytrain has not.
     """
 
@@ -51,6 +35,10 @@ class Hooks:
                     f"Trainer: callbacks[{i}] must be an object with a hook such as on_fit_start (see "
                     f"pytrain.callbacks.Callback), got {each!r}"
                 )
+        keys = [key_of(each) for each in callbacks]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise ValueError(f"Trainer: callbacks[{i}] and [{keys.index(key)}] have the same state_key, {key!r}")
 
     def __getitem__(self, name: str) -> tuple[Hook, ...]:
         return self._found[name]
@@ -62,15 +50,11 @@ class Hooks:
 
 
 def _own(owner: Any, name: str) -> Hook | None:
-    """A hook, unless it is the empty one that a base class of pytrain has."""
+    """A hook, unless it is the empty one of Callback or Module."""
     hook: Hook | None = getattr(owner, name, None)
-    return None if getattr(hook, "__func__", hook) in _EMPTY else hook
+    return None if hook is None or getattr(hook, "__func__", hook) is getattr(Callback, name) else hook
 
 
-_EMPTY: set[Any] = {None}
-
-
-def empty(hook: Hook) -> Hook:
-    """Mark a method as one that does nothing and need not be called."""
-    _EMPTY.add(hook)
-    return hook
+def key_of(callback: Any) -> str:
+    """Under which name checkpoints keep a callback's state."""
+    return str(getattr(callback, "state_key", type(callback).__name__))

@@ -7,12 +7,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pytrain.trainer.config import TrainerConfig
+from pytrain.loggers.base import Logger, Status
 
 
-class JsonLinesLogger:
+class JsonLinesLogger(Logger):
     """Appends metrics to a file.
 
     A new run moves an older file aside (metrics.1.jsonl, metrics.2.jsonl, ...); a resumed run keeps the lines that
@@ -47,30 +46,9 @@ class JsonLinesLogger:
         self._file.flush()
         self.lines += 1
 
-    def finalize(self, status: str) -> None:
+    def finalize(self, status: Status) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
-
-
-def open_loggers(config: TrainerConfig, hparams: Mapping[str, Any], resumed: Mapping[str, Any] | None) -> list[Any]:
-    """Return the loggers of a run, told of the hyperparameters, and where it is resumed of the step it goes on from.
-
-    Raises:
-        TypeError: one of those given cannot log.
-    """
-    given = config.logger
-    if given is None or isinstance(given, bool):
-        lines = None if resumed is None else resumed["metrics_lines"]
-        return [] if given is False else [JsonLinesLogger(config.metrics_path, keep_lines=lines)]
-    loggers = list(given) if isinstance(given, (list, tuple)) else [given]
-    for i, logger in enumerate(loggers):
-        if not callable(getattr(logger, "log_metrics", None)):
-            raise TypeError(f"Trainer: logger[{i}] has no log_metrics(metrics, step), got {logger!r}")
-        if resumed is not None and hasattr(logger, "resume"):
-            logger.resume(resumed["global_step"])
-        if hparams and hasattr(logger, "log_hyperparams"):
-            logger.log_hyperparams(dict(hparams))
-    return loggers
 
 
 def _move_aside(path: Path) -> None:
