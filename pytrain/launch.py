@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
@@ -40,8 +42,17 @@ class Alone:
     weight = "grad_divisor"  # pytrain.step's name for it
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.step = partial(pytrain_step, optimizer)
+        self.step: Callable[..., Any] = partial(pytrain_step, optimizer)
         self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    def show_gradients(self, show: Callable[[float], float]) -> None:
+        """As `Strategy.show_gradients`."""
+        step = self.step
+
+        def shown(scaler: Any, *, grad_divisor: float, **options: Any) -> Any:
+            return step(scaler, grad_divisor=show(grad_divisor), **options)
+
+        self.step = shown
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients add up as autograd has them."""
@@ -226,6 +237,25 @@ class Stoppable(Protocol):
     """What is asked to stop."""
 
     should_stop: bool
+
+
+def seconds_of(value: Any) -> float | None:
+    """Read max_time as Lightning has it: "days:hours:minutes:seconds", a timedelta or its arguments; or seconds."""
+    try:
+        if isinstance(value, str):
+            days, hours, minutes, seconds = map(int, value.split(":"))
+            value = {"days": days, "hours": hours, "minutes": minutes, "seconds": seconds}
+        if isinstance(value, Mapping):
+            value = timedelta(**value)
+    except (TypeError, ValueError):
+        value = math.nan
+    found = value.totalseconds_of() if isinstance(value, timedelta) else value
+    if found is not None and not (isinstance(found, (int, float)) and 0 < found < math.inf):
+        raise ValueError(
+            'Trainer: max_time must be "days:hours:minutes:seconds", a timedelta, its arguments as a dict, or seconds '
+            f"> 0; got {value!r}"
+        )
+    return found
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -56,6 +56,7 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    weight: ClassVar[str] = "weight"  # the argument of `step`
 
     def __init__(
         self,
@@ -107,6 +108,14 @@ class Strategy(ABC):
     def shares(self) -> list[list[Share]]:
         """What this rank's optimizer steps, a list a param group, in its order."""
         return [[Share(p, p, 0, p.numel()) for p in each["params"]] for each in self.optimizer.param_groups]
+
+    def show_gradients(self, show: Callable[[float], float]) -> None:
+        """Before each step let `show(divisor)` see the gradients, summed over the ranks; what it returns divides them.
+
+        Raises:
+            NotImplementedError: no rank has them whole.
+        """
+        raise NotImplementedError(f"on_before_optimizer_step: under {self.name} no rank has whole gradients; use ddp")
 
     def own_part(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of an optimizer's whole state. Raises ValueError where it does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -29,15 +30,19 @@ class DDP(Strategy):
     """
 
     name = "ddp"
+    _shown: Callable[[float], float] | None = None
+
+    def show_gradients(self, show: Callable[[float], float]) -> None:
+        self._shown = show
 
     def _collect(self, flat: Tensor) -> Work | None:
         return self.collectives.all_reduce(flat)
 
     def _step(self, scaler: LossScaler | None, weight: float, stop: bool, options: dict[str, Any]) -> StepInfo:
         total = self.agree(weight, stop)  # the gradients, and with them flags and norms, are the same by now
-        divisor, before = total / self.divided_before, options.pop("before", None)
-        if before is not None:  # somebody looks at the gradients of all ranks, and may divide them
-            divisor = before(divisor)
+        divisor = total / self.divided_before
+        if self._shown is not None:
+            divisor = self._shown(divisor)
         info = pytrain_step(self.optimizer, scaler, grad_divisor=divisor, **options)
         order = self.buckets.observed_order()
         if order is not None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from pytrain.launch import STRATEGIES, Maker, StrategyName, under_torchrun
+from pytrain.launch import STRATEGIES, Maker, StrategyName, seconds_of, under_torchrun
 from pytrain.trainer.precision import ALIASES, PRECISIONS
 
 Precision = Literal["32", "bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true"]
@@ -58,25 +56,6 @@ def take_of(name: str, limit: Limit, length: int | None) -> int | None:
     if length is None:
         raise ValueError(f"Trainer: {name}={limit} is a share, and the loader has no length; give an int")
     return int(length * limit)
-
-
-def _seconds(value: Any) -> float | None:
-    """Read max_time as Lightning has it: "days:hours:minutes:seconds", a timedelta or its arguments; or seconds."""
-    try:
-        if isinstance(value, str):
-            days, hours, minutes, seconds = map(int, value.split(":"))
-            value = {"days": days, "hours": hours, "minutes": minutes, "seconds": seconds}
-        if isinstance(value, Mapping):
-            value = timedelta(**value)
-    except (TypeError, ValueError):
-        value = math.nan
-    found = value.total_seconds() if isinstance(value, timedelta) else value
-    if found is not None and not (isinstance(found, (int, float)) and 0 < found < math.inf):
-        raise ValueError(
-            'Trainer: max_time must be "days:hours:minutes:seconds", a timedelta, its arguments as a dict, or seconds '
-            f"> 0; got {value!r}"
-        )
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +109,7 @@ class TrainerConfig:
         own["max_steps"] = None if own["max_steps"] == -1 else own["max_steps"]  # as Lightning says "no limit"
         own["max_epochs"] = None if own["max_epochs"] == -1 else own["max_epochs"]
         own["default_root_dir"] = Path(own["default_root_dir"])
-        own["max_time"] = _seconds(own["max_time"])
+        own["max_time"] = seconds_of(own["max_time"])
         config = TrainerConfig(**own)
         few = config.fast_dev_run
         if not few:
@@ -240,17 +219,3 @@ class TrainerConfig:
             if self.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(bool(self.deterministic), warn_only=self.deterministic == "warn")
-        if self.fast_dev_run:
-            warnings.warn(
-                f"fast_dev_run: {int(self.fast_dev_run)} batches of each loop; nothing is saved or logged", stacklevel=4
-            )
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        """The folder of the automatic checkpoints."""
-        return self.default_root_dir / "checkpoints"
-
-    @property
-    def metrics_path(self) -> Path:
-        """The JSON lines file of the metrics."""
-        return self.default_root_dir / "metrics.jsonl"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -107,22 +106,6 @@ def several(loader: Any) -> list[Any]:
     return list(loader) if many else [loader]
 
 
-@dataclass(slots=True)
-class TimePart:
-    """A part of a batch in time, and whether the hidden state starts anew with it."""
-
-    batch: Any
-    batch_idx: int
-    first: bool
-
-
-def in_parts(batches: Iterator[Any], split: Callable[[Any, int], list[Any]], steps: int) -> Iterator[TimePart]:
-    """Cut every batch into parts of `steps` time steps."""
-    for batch_idx, batch in enumerate(batches):
-        for i, part in enumerate(split(batch, steps)):
-            yield TimePart(part, batch_idx, i == 0)
-
-
 def with_ends(batches: Iterator[Any], accumulate: int) -> Iterator[tuple[Any, bool]]:
     """Yield each batch, and whether it ends its window of up to `accumulate`; looks one ahead, never past a window."""
     for first in batches:
@@ -213,3 +196,9 @@ def _first_dimension(batch: Any) -> int | None:
         return batch.shape[0] if batch.dim() > 0 else None
     items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
     return next((size for size in map(_first_dimension, items) if size is not None), None)
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Raise TypeError where a loader gives no batches."""
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")

@@ -83,16 +83,16 @@ class Manual:
         if self._scaler is not None:
             self._window = open_step(self._optimizers, self._scaler).__enter__()
 
-    def close(self) -> None:
-        """A batch has ended, or half of it: the loss scale moves by those that have stepped."""
+    def close(self) -> StepInfo | None:
+        """A batch has ended, or half of it: the loss scale moves by those that have stepped. Return the last step."""
         window, self._window = self._window, None
-        if window is None:
-            return
-        window.optimizers = [own for own in window.optimizers if id(own) in window.stepped]
-        if window.optimizers:
-            window.__exit__(None, None, None)
-        elif self._scaler is not None:
-            window.open = self._scaler.window = False
+        if window is not None:
+            window.optimizers = [own for own in window.optimizers if id(own) in window.stepped]
+            if window.optimizers:
+                window.__exit__(None, None, None)
+            elif self._scaler is not None:
+                window.open = self._scaler.window = False
+        return self.info
 
     def backward(self, loss: Tensor, options: dict[str, Any]) -> None:
         """Backward of the scaled loss."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytrain.loggers.metrics import Metric, MetricLog
+from pytrain.tbptt import split_time
 from pytrain.trainer.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Module(torch.nn.Module):
 
     def tbptt_split(self, batch: Any, steps: int) -> list[Any]:
         """Cut a batch into parts of `steps` time steps: every tensor of two or more dimensions along dimension 1."""
-        return _split_time(batch, steps)
+        return split_time(batch, steps)
 
     # ---- what a user calls ------------------------------------------------------------------------------------------
 
@@ -243,23 +244,15 @@ class Module(torch.nn.Module):
         return {**self.__dict__, "_trainer": None, "_manual": None, "_logged": MetricLog()}
 
 
-def _split_time(batch: Any, steps: int) -> list[Any]:
-    if isinstance(batch, Tensor):
-        return list(torch.split(batch, steps, dim=1)) if batch.dim() > 1 else [batch]
-    if isinstance(batch, dict):
-        parts = [_split_time(value, steps) for value in batch.values()]
-        return [dict(zip(batch, each, strict=True)) for each in _together(parts)]
-    if isinstance(batch, (list, tuple)):
-        return [type(batch)(each) for each in _together([_split_time(value, steps) for value in batch])]
-    return [batch]
-
-
-def _together(parts: list[list[Any]]) -> list[tuple[Any, ...]]:
-    """The first of all, the second of all, ...; what was not cut goes with each."""
-    count = max(map(len, parts), default=0)
-    uneven = sorted({len(each) for each in parts} - {1, count})
-    if uneven:
-        raise ValueError(
-            f"tbptt_steps: the batch's tensors have different numbers of time steps: {uneven} and {count} parts"
-        )
-    return list(zip(*(each * count if len(each) == 1 else each for each in parts), strict=True))
+def loss_of(output: Any, *, manual: bool) -> tuple[Tensor, float]:
+    """Return the loss in what training_step returned, where that was not a plain tensor, and its weight."""
+    if output is None and manual:
+        return torch.zeros(()), 1
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        what = f"a dict with keys {list(output)}" if isinstance(output, dict) else type(output).__name__
+        raise TypeError(f'training_step must return the loss, a tensor, or a dict with it as "loss"; got {what}')
+    weight = float(output.get("weight", 1)) if isinstance(output, dict) else 1.0
+    if not weight > 0:
+        raise ValueError(f'training_step: "weight" must be > 0, got {weight}')
+    return loss, weight

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from pytrain.backend import is_remote
 from pytrain.callbacks.hooks import Hooks, key_of
@@ -19,11 +19,10 @@ from pytrain.ema import EMA
 from pytrain.launch import Alone, Team
 from pytrain.loggers.jsonlines import JsonLinesLogger
 from pytrain.rng import capture_rng, order_seed, restore_ranks_rng, restore_rng, seed_all
+from pytrain.tbptt import InTime, in_parts
 from pytrain.trainer.checkpoint import FORMAT, CheckpointFolder, check_fits, load_checkpoint
 from pytrain.trainer.config import TrainerConfig, take_of
 from pytrain.trainer.data import (
-    TimePart,
-    in_parts,
     loader_length,
     several,
     share_out,
@@ -38,6 +37,7 @@ from pytrain.trainer.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from pytrain.parallel import Strategy
+    from pytrain.steps import StepInfo
     from pytrain.trainer.trainer import Trainer
 
 
@@ -55,6 +55,8 @@ class Run:
 
     Attributes:
         length: batches an epoch; None: unknown.
+        seldom: a schedule that advances at every so-manieth step only, which the trainer counts.
+        loss, step: of the window just done.
         validated_at: epoch and batch of the last validation.
 
     Raises:
@@ -73,8 +75,9 @@ class Run:
     ) -> None:
         config, self.mode = trainer.config, PRECISIONS[trainer.config.precision]
         self.trainer, self.team, self.module, self.compiled, self.device = trainer, team, module, compiled, device
+        self.remote = is_remote(device)  # to ask it costs a wait
         keep, background = config.keep_checkpoints, config.async_checkpoints
-        self.checkpoints = CheckpointFolder(config.checkpoint_dir, keep, background=background)
+        self.checkpoints = CheckpointFolder(config.default_root_dir / "checkpoints", keep, background=background)
         folders = [Path(each.dirpath) for each in config.callbacks if getattr(each, "dirpath", None)]
         wanted = self.checkpoints.newest(folders) if ckpt_path == "last" and team.rank == 0 else ckpt_path
         path = team.gather(wanted)[0]
@@ -109,7 +112,7 @@ class Run:
         self.epoch_rng: dict[str, Any] | None = None
         self._resume_rng: dict[str, Any] | None = None
         self._resume_loader: dict[str, Any] | None = None
-        self._hiddens: Any = None
+        self._time: InTime | None = None
         trainer.begin(saved)
         if saved is not None:
             self._restore(saved)
@@ -124,6 +127,9 @@ class Run:
         self.batches: Iterator[tuple[Any, bool]] = iter(())
         self.inside_window = False
         self.validated_at: tuple[int, int] | None = None
+        self.log, self.loss = module._logged, torch.zeros(())
+        self.step: StepInfo | None = None
+        self.seldom: LRScheduler | None = None
         self._last_rng: list[Any] | None = None
 
     @property
@@ -132,9 +138,36 @@ class Run:
         return self.strategies[0]
 
     @property
-    def remote(self) -> bool:
-        """Whether to ask the device costs a wait."""
-        return is_remote(self.device)
+    def validate_every(self) -> int | None:
+        """After how many batches to validate inside the epoch; None: not."""
+        interval = self.trainer.config.val_check_interval
+        if interval is None or self.val_loader is None:
+            return None
+        return max(1, take_of("val_check_interval", interval, self.length) or 1)
+
+    def step_options(self) -> dict[str, Any]:
+        """The options of every `pytrain.step`; where somebody looks at the gradients, also see to that."""
+        config, setup, strategy = self.trainer.config, self.setups[0], self.strategy
+        schedule = setup.scheduler if setup.interval == "step" and self.manual is None else None
+        self.seldom, schedule = (None, schedule) if setup.frequency == 1 else (schedule, None)
+        options: dict[str, Any] = {"schedule": schedule, "ema": self.trainer.ema}
+        if config.gradient_clip_val is not None:
+            name = "max_norm" if config.gradient_clip_algorithm == "norm" else "clip_value"
+            options[name] = float(config.gradient_clip_val)
+        if self.hooks["on_before_optimizer_step"] and self.manual is None:
+            strategy.show_gradients(self._show)
+        return options
+
+    def _show(self, divisor: float) -> float:
+        """For on_before_optimizer_step: unscale and divide the gradients in place, and call it."""
+        optimizer = self.setups[0].optimizer
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if divisor != 1 and grads:
+            torch._foreach_div_(grads, divisor)
+        self.hooks.call("on_before_optimizer_step", optimizer)
+        return 1.0
 
     def wrap(self, name: str) -> Callable[..., Any]:
         """A step of the module, compiled where it is, under the precision's autocast."""
@@ -146,20 +179,14 @@ class Run:
         step = self.wrap("training_step")
         if self.module.tbptt_steps is None:
             return step
-
-        def in_time(part: TimePart, _: int) -> Any:
-            output = step(part.batch, part.batch_idx, None if part.first else self._hiddens)
-            if not isinstance(output, dict) or "hiddens" not in output:
-                raise TypeError('training_step must return {"loss": ..., "hiddens": ...}, as tbptt_steps is set')
-            self._hiddens = _detached(output["hiddens"])
-            return output
-
-        return in_time
+        self._time = self._time or InTime()
+        return self._time.over(step)
 
     def open_batches(self, accumulate: int) -> None:
         """Start the epoch's batches; in a resumed epoch, draw and drop those already trained on."""
         trainer, loader, state = self.trainer, self.train_loader, self._resume_loader
         done = trainer.batch_idx
+        self.log.training = True
         if done and self.epoch_rng is not None:
             # Their order follows from the random states at the epoch's start, which the checkpoint holds.
             restore_rng(self.epoch_rng, loader)
@@ -206,7 +233,7 @@ class Run:
     def close(self, status: str) -> None:
         """Let go of the terminal, the files and the loader's workers."""
         self.batches = iter(())
-        self.module._manual, self.module._logged.batch = None, None
+        self.module._manual, self.log.batch = None, None
         if self.progress is not None:
             self.progress.close()
         for logger in self.loggers:
@@ -252,7 +279,10 @@ class Run:
             if state is not None and hasattr(each, "load_state_dict"):
                 each.load_state_dict(state)
         self.hooks.call("on_load_checkpoint", saved)
-        self.skipped_in_a_row, self._hiddens = saved["skipped_in_a_row"], saved["hiddens"]
+        self.skipped_in_a_row = saved["skipped_in_a_row"]
+        if saved["hiddens"] is not None:
+            self._time = InTime()
+            self._time.hiddens = saved["hiddens"]
         self._resume_rng, self.epoch_rng = restore_ranks_rng(saved, self.team, self.train_loader)
         self._resume_loader = saved["loader"][self.team.rank] if self.team.rank < count else None
 
@@ -280,7 +310,7 @@ class Run:
             "callback_metrics": dict(trainer.callback_metrics),
             "callbacks": {key_of(each): each.state_dict() for each in trainer.callbacks if hasattr(each, "state_dict")},
             "hyper_parameters": dict(self.module.hparams),
-            "hiddens": self._hiddens,
+            "hiddens": None if self._time is None else self._time.hiddens,
             "rng": [now for now, _, _ in states],
             "epoch_rng": [start for _, start, _ in states],
             "loader": [loader for _, _, loader in states],
@@ -305,7 +335,7 @@ def open_loggers(config: TrainerConfig, hparams: Mapping[str, Any], resumed: Map
     given = config.logger
     if given is None or isinstance(given, bool):
         lines = None if resumed is None else resumed["metrics_lines"]
-        return [] if given is False else [JsonLinesLogger(config.metrics_path, keep_lines=lines)]
+        return [] if given is False else [JsonLinesLogger(config.default_root_dir / "metrics.jsonl", keep_lines=lines)]
     loggers = list(given) if isinstance(given, (list, tuple)) else [given]
     for i, logger in enumerate(loggers):
         if not callable(getattr(logger, "log_metrics", None)):
@@ -315,13 +345,3 @@ def open_loggers(config: TrainerConfig, hparams: Mapping[str, Any], resumed: Map
         if hparams and hasattr(logger, "log_hyperparams"):
             logger.log_hyperparams(dict(hparams))
     return loggers
-
-
-def _detached(hiddens: Any) -> Any:
-    if isinstance(hiddens, Tensor):
-        return hiddens.detach()
-    if isinstance(hiddens, dict):
-        return {key: _detached(value) for key, value in hiddens.items()}
-    if isinstance(hiddens, (list, tuple)):
-        return type(hiddens)(_detached(value) for value in hiddens)
-    return hiddens

@@ -18,13 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pytrain.amp import name_of
 from pytrain.callbacks.progress import format_metrics
 from pytrain.ema import EMA
-from pytrain.launch import STOPPED, Alone, Maker, StrategyName, Team, open_team, start_ranks, watch
+from pytrain.launch import STOPPED, Maker, StrategyName, Team, open_team, start_ranks, watch
 from pytrain.lightning import refuse_arguments
 from pytrain.steps import StepInfo
 from pytrain.trainer.checkpoint import load_checkpoint, write_checkpoint
-from pytrain.trainer.config import Accelerator, ClipAlgorithm, Limit, Precision, TrainerConfig, take_of
-from pytrain.trainer.data import DataModule, no_batch_message, open_data, several
-from pytrain.trainer.module import Module
+from pytrain.trainer.config import Accelerator, ClipAlgorithm, Limit, Precision, TrainerConfig
+from pytrain.trainer.data import DataModule, check_loader, no_batch_message, open_data, several
+from pytrain.trainer.module import Module, loss_of
 from pytrain.trainer.precision import PRECISIONS
 from pytrain.trainer.run import Run, share_val
 from pytrain.trainer.validation import evaluate, predict
@@ -177,7 +177,13 @@ class Trainer:
         ):
             team.check_alike("the Trainer's configuration", config.alike())
             loaders = self._loaders("fit", team, module, given, datamodule)
-            _check_loaders(module, *loaders)
+            check_loader("fit: train_dataloaders", loaders[0])
+            if loaders[1] is not None:
+                check_loader("fit: val_dataloaders", loaders[1])
+                if type(module).validation_step is Module.validation_step:
+                    raise ValueError(
+                        f"fit: val_dataloaders is given, but {type(module).__name__} has no validation_step"
+                    )
             self.should_stop = False
             run = Run(self, team, module, compiled, loaders, device, ckpt_path)
             status = "failed"
@@ -316,31 +322,17 @@ class Trainer:
 
     def _train_epoch(self, run: Run) -> bool:
         """Train through the rest of an epoch, or up to a limit. Return whether the epoch came to its end."""
-        config, scaler, manual, progress, hooks = self.config, run.scaler, run.manual, run.progress, run.hooks
-        accumulate, optimizer, log = (
-            config.accumulate_in(self.current_epoch),
-            run.setups[0].optimizer,
-            run.module._logged,
-        )
-        length, remote, every = run.length, run.remote, config.log_every_n_steps
-        save_every, validate_every = config.checkpoint_every_n_steps, self._validation_interval(run)
-        training_step, setup, strategy = run.training_step(), run.setups[0], run.strategy
-        by_step = setup.scheduler if setup.interval == "step" and manual is None else None
-        schedule, seldom = (by_step, None) if setup.frequency == 1 else (None, by_step)
-        options = {"schedule": schedule, "ema": self.ema, **_clip_arguments(config)}
-        alone, weight_name = isinstance(strategy, Alone), "grad_divisor" if isinstance(strategy, Alone) else "weight"
-        batch_start, batch_end = hooks["on_train_batch_start"], hooks["on_train_batch_end"]
-        step_end = hooks["on_train_step_end"]
-        before = self._before_step(run) if hooks["on_before_optimizer_step"] and manual is None else None
-        if before is not None and not alone:
-            options["before"] = before
+        scaler, strategy, manual, log, max_steps = run.scaler, run.strategy, run.manual, run.log, self.config.max_steps
+        starts, ends = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
+        accumulate = 1 if manual is not None else self.config.accumulate_in(self.current_epoch)
+        weighs, optimizer, several = strategy.weight, run.setups[0].optimizer, run.team.ranks is not None
+        training_step, options = run.training_step(), run.step_options()
         run.open_batches(accumulate)
-        log.training = True
-        first, micro, loss, step, stopped = self.batch_idx, 1, torch.zeros(()), None, self.should_stop and alone
+        first, micro, loss, stopped = self.batch_idx, 1, run.loss, False
         if first == 0:
-            hooks.call("on_train_epoch_start")
+            run.hooks.call("on_train_epoch_start")
 
-        while self._steps != config.max_steps and not stopped:
+        while self._steps != max_steps and not stopped:
             # One window: the gradients of up to `accumulate` micro-batches, summed up, with the last also over ranks.
             run.inside_window = True
             micro, total = 0, 0.0
@@ -348,114 +340,80 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
             else:
                 manual.open()
-            for batch, last in islice(run.batches, accumulate if manual is None else 1):
-                for hook in batch_start:
+            for batch, last in islice(run.batches, accumulate):
+                for hook in starts:
                     hook(batch, self.batch_idx + micro)
                 log.batch = batch
                 output = training_step(batch, self.batch_idx + micro)
-                part, weight = (output, 1) if type(output) is Tensor else _loss_of(output, manual is not None)
+                part, weight = (output, 1) if type(output) is Tensor else loss_of(output, manual=manual is not None)
+                part = part if weight == 1 else part * weight
                 if manual is None:
-                    part = part if weight == 1 else part * weight
                     scaled = part if scaler is None else scaler.scale(part)
                     if last:
                         scaled.backward()  # type: ignore[no-untyped-call]
                     else:
                         with strategy.accumulate(last=False):
                             scaled.backward()  # type: ignore[no-untyped-call]
-                for hook in batch_end:
+                for hook in ends:
                     hook(output, batch, self.batch_idx + micro)
                 loss = part.detach() if micro == 0 else loss + part.detach()
                 micro, total = micro + 1, total + weight
             if micro == 0:
-                run.inside_window = False
                 break
-            loss = loss / total
 
             # One step: check, unscale, divide and clip the gradients; parameters, averages, loss scale, schedule. A
             # skipped step is no step: besides the loss scale nothing moves, neither the schedule nor the step count.
             if manual is None:
-                options[weight_name] = total if before is None or not alone else before(total)
-                if not alone:
+                options[weighs] = total
+                if several:
                     options["stop"] = self.should_stop
                 step = strategy.step(scaler, **options)
             else:
-                manual.close()
-                step = manual.info
+                step = manual.close()
             self.batch_idx += micro
             run.inside_window = False
-            if remote and step is not None:
-                # The host counts on it and asks the device only where something hangs on the count.
-                self._pending.append(step)
-                self._steps += 1
-                marks = (every, save_every, seldom and setup.frequency)
-                asks = self._steps == config.max_steps or any(mark and self._steps % mark == 0 for mark in marks)
-                applied = asks and self._settle(run)
-            elif step is None or not step.applied or getattr(optimizer, "step_was_skipped", False):
-                applied = False
-                if step is not None:
-                    self._count_skip(run, step)
-            else:
-                applied = True
-                self._steps += 1
-                run.skipped_in_a_row = 0
-            if applied:
-                if seldom is not None and self._steps % setup.frequency == 0:
-                    seldom.step()
-                if self._steps % every == 0:
-                    self._log(run, loss, step)
-            if validate_every and self.batch_idx // validate_every > (self.batch_idx - micro) // validate_every:
-                self._validate(run)
-            for hook in step_end:
-                hook(step)
-            if applied and save_every is not None and self._steps % save_every == 0:
-                self._save(run)
-            if progress is not None and perf_counter() >= progress.next_draw:
-                self._draw(run, loss)
-            stopped = self.should_stop if alone else strategy.stop
+            self._after_step(run, step, loss / total, micro)
+            stopped = strategy.stop if several else self.should_stop
 
+        run.inside_window = False
+        self.should_stop = stopped or self.should_stop
         if self.batch_idx == 0 and not stopped:
             raise ValueError(no_batch_message("train_dataloaders", run.train_loader))
-        self.should_stop = stopped or self.should_stop
         if self.batch_idx > first:
-            if self.global_step % every != 0:
-                self._log(run, loss, step)
-            if progress is not None:
-                self._draw(run, loss)
-        return micro == 0 or self.batch_idx == length
+            if self.global_step % self.config.log_every_n_steps != 0:
+                self._log(run)
+            self._draw(run)
+        return micro == 0 or self.batch_idx == run.length
 
-    def _before_step(self, run: Run) -> Callable[[float], float]:
-        """For on_before_optimizer_step: unscale and divide the gradients in place, and call it."""
-        if not isinstance(run.strategy, Alone) and run.strategy.name != "ddp":
-            raise NotImplementedError(
-                f"on_before_optimizer_step: under {run.strategy.name} no rank has whole gradients; use ddp, or read "
-                "grad_norm among the metrics"
-            )
+    def _after_step(self, run: Run, step: StepInfo | None, loss: Tensor, micro: int) -> None:
+        """Count a step of `micro` batches, and do what is due after it: metrics, validation, hooks, a checkpoint."""
+        config, run.loss, run.step = self.config, loss, step
+        applied = False
+        if step is not None and run.remote:
+            applied = self._ask_later(run, step)
+        elif step is not None:
+            done = bool(step.applied) and not getattr(run.setups[0].optimizer, "step_was_skipped", False)
+            applied = self._count(run, step, done)
+        if applied and run.seldom is not None and self._steps % run.setups[0].frequency == 0:
+            run.seldom.step()
+        if applied and self._steps % config.log_every_n_steps == 0:
+            self._log(run)
+        every = run.validate_every
+        if every is not None and self.batch_idx // every > (self.batch_idx - micro) // every:
+            self._validate(run)
+        for hook in run.hooks["on_train_step_end"]:
+            hook(step)
+        if applied and config.checkpoint_every_n_steps and self._steps % config.checkpoint_every_n_steps == 0:
+            self._save(run)
+        if run.progress is not None and perf_counter() >= run.progress.next_draw:
+            self._draw(run)
 
-        def before(divisor: float) -> float:
-            optimizer = run.setups[0].optimizer
-            if run.scaler is not None:
-                run.scaler.unscale_(optimizer)
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if divisor != 1 and grads:
-                torch._foreach_div_(grads, divisor)
-            run.hooks.call("on_before_optimizer_step", optimizer)
-            return 1.0
-
-        return before
-
-    def _settle(self, run: Run) -> bool:
-        """Ask the device which of the steps it was given were applied; return whether the last was."""
-        pending, self._pending = self._pending, []
-        flags = torch.stack([step.applied for step in pending]).tolist()
-        for step, applied in zip(pending, flags, strict=True):
-            if applied:
-                run.skipped_in_a_row = 0
-            else:
-                self._steps -= 1
-                self._count_skip(run, step)
-        return bool(flags[-1])
-
-    def _count_skip(self, run: Run, step: StepInfo) -> None:
+    def _count(self, run: Run, step: StepInfo, applied: bool) -> bool:
+        """Count a step, of which the host knows whether it was applied; return that."""
+        if applied:
+            self._steps += 1
+            run.skipped_in_a_row = 0
+            return True
         self.skipped_steps += 1
         run.skipped_in_a_row += 1
         if run.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW and run.scaler is None:
@@ -464,20 +422,40 @@ class Trainer:
                 f"{run.skipped_in_a_row} steps in a row met an inf or nan: the loss or the model itself is not finite "
                 f"(epoch {self.current_epoch}, batch {self.batch_idx - 1}, first bad gradient: {where})"
             )
+        return False
 
-    def _draw(self, run: Run, loss: Tensor) -> None:
-        assert run.progress is not None
-        metrics = {"loss": loss.item(), **run.module._logged.shown()}
-        run.progress.draw(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
+    def _ask_later(self, run: Run, step: StepInfo) -> bool:
+        """Count on a step, and ask the device only where something hangs on the count; return whether it was applied.
 
-    def _log(self, run: Run, loss: Tensor, step: StepInfo | None) -> None:
+        The count is never too low, and exact whenever it reaches what something hangs on: it asks then.
+        """
+        config = self.config
+        self._pending.append(step)
+        self._steps += 1
+        marks = (config.log_every_n_steps, config.checkpoint_every_n_steps, run.seldom and run.setups[0].frequency)
+        if self._steps != config.max_steps and not any(mark and self._steps % mark == 0 for mark in marks):
+            return False
+        return self._settle(run)
+
+    def _settle(self, run: Run) -> bool:
+        """Ask the device which of the steps it was given were applied; return whether the last was."""
+        pending, self._pending = self._pending, []
+        self._steps -= len(pending)
+        flags = torch.stack([step.applied for step in pending]).tolist()
+        return [self._count(run, step, applied) for step, applied in zip(pending, flags, strict=True)][-1]
+
+    def _draw(self, run: Run) -> None:
+        if run.progress is not None:
+            metrics = {"loss": run.loss.item(), **run.log.shown()}
+            run.progress.draw(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
+
+    def _log(self, run: Run) -> None:
         """Write the metrics of the window just done. Besides progress, the only place that waits for the device.
 
         The loss and what asks for it are means over the ranks, all else rank 0's.
         """
-        loss_and, logged = {}, run.module._logged.read(run.team, loss.item())
-        loss_and["loss"] = logged.pop("loss")
-        metrics = loss_and | {"lr": float(run.setups[0].optimizer.param_groups[0]["lr"])}
+        step, logged = run.step, run.log.read(run.team, run.loss.item())
+        metrics = {"loss": logged.pop("loss"), "lr": float(run.setups[0].optimizer.param_groups[0]["lr"])}
         if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
             metrics["grad_norm"] = step.grad_norm.item()
         if run.scaler is not None:
@@ -491,16 +469,9 @@ class Trainer:
         run.hooks.call("log_metrics", metrics)
         self.callback_metrics.update({name: value for name, value in metrics.items() if name != "seconds"})
         if run.loggers:
-            shown = run.module._logged.for_loggers(metrics)
+            shown = run.log.for_loggers(metrics)
             for logger in run.loggers:
                 logger.log_metrics(shown, self.global_step, self.current_epoch)
-
-    def _validation_interval(self, run: Run) -> int | None:
-        """After how many batches to validate inside this epoch; None: not."""
-        interval, config = self.config.val_check_interval, self.config
-        if interval is None or run.val_loader is None or (self.current_epoch + 1) % config.check_val_every_n_epoch:
-            return None
-        return max(1, take_of("val_check_interval", interval, run.length) or 1)
 
     def _validate(self, run: Run) -> dict[str, float]:
         """Validate, where there is a validation loader; write, show and return the metrics."""
@@ -524,7 +495,7 @@ class Trainer:
 
     def _end_epoch(self, run: Run, metrics: dict[str, float]) -> None:
         """Write the epoch's means, advance schedules that count epochs, then the epoch."""
-        means = run.module._logged.close_epoch(run.team)
+        means = run.log.close_epoch(run.team)
         if means:
             self._write(run, means)
         run.hooks.call("on_train_epoch_end")
@@ -586,7 +557,7 @@ class Trainer:
         with open_team(config.strategy, device) as team:
             stage = "validate" if kind == "val" else kind
             (loader,) = self._loaders(stage, team, module, {f"{kind}_dataloader": loader}, datamodule)
-            _check_loader(f"{stage}: dataloaders", loader)
+            check_loader(f"{stage}: dataloaders", loader)
             if ckpt_path is not None:
                 module.load_state_dict(load_checkpoint(ckpt_path)["module"])
             module.to(device=device, dtype=mode.dtype)
@@ -600,38 +571,3 @@ class Trainer:
             if config.enable_progress_bar:
                 team.say(f"{stage}  {format_metrics(metrics)}")
         return [metrics]
-
-
-def _check_loaders(module: Module, train_loader: Any, val_loader: Any) -> None:
-    _check_loader("fit: train_dataloaders", train_loader)
-    if val_loader is not None:
-        _check_loader("fit: val_dataloaders", val_loader)
-        if type(module).validation_step is Module.validation_step:
-            raise ValueError(f"fit: val_dataloaders is given, but {type(module).__name__} has no validation_step")
-
-
-def _check_loader(name: str, loader: Any) -> None:
-    if not hasattr(loader, "__iter__"):
-        raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
-
-
-def _loss_of(output: Any, manual: bool) -> tuple[Tensor, float]:
-    """Return the loss in what training_step returned, where that was not a plain tensor, and its weight."""
-    if output is None and manual:
-        return torch.zeros(()), 1
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
-        what = f"a dict with keys {list(output)}" if isinstance(output, dict) else type(output).__name__
-        raise TypeError(f'training_step must return the loss, a tensor, or a dict with it as "loss"; got {what}')
-    weight = float(output.get("weight", 1)) if isinstance(output, dict) else 1.0
-    if not weight > 0:
-        raise ValueError(f'training_step: "weight" must be > 0, got {weight}')
-    return loss, weight
-
-
-def _clip_arguments(config: TrainerConfig) -> dict[str, Any]:
-    """Return the arguments of `pytrain.step` that clip."""
-    if config.gradient_clip_val is None:
-        return {}
-    name = "max_norm" if config.gradient_clip_algorithm == "norm" else "clip_value"
-    return {name: float(config.gradient_clip_val)}
