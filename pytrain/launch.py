@@ -249,7 +249,7 @@ def seconds_of(value: Any) -> float | None:
             value = timedelta(**value)
     except (TypeError, ValueError):
         value = math.nan
-    found = value.totalseconds_of() if isinstance(value, timedelta) else value
+    found = value.total_seconds() if isinstance(value, timedelta) else value
     if found is not None and not (isinstance(found, (int, float)) and 0 < found < math.inf):
         raise ValueError(
             'Trainer: max_time must be "days:hours:minutes:seconds", a timedelta, its arguments as a dict, or seconds '

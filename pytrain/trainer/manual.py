@@ -96,7 +96,8 @@ class Manual:
 
     def backward(self, loss: Tensor, options: dict[str, Any]) -> None:
         """Backward of the scaled loss."""
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward(**options)  # type: ignore[no-untyped-call]
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled.backward(**options)  # type: ignore[no-untyped-call]
 
     def step(self, number: int, options: dict[str, Any]) -> StepInfo:
         """One optimizer's step."""
