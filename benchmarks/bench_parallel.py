@@ -19,7 +19,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import Timing, free_memory, machine, markdown, parser, summary, write_json
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from pytrain.optim import AdamW
@@ -102,6 +101,8 @@ def theirs(make: Callable[[], nn.Module], zero: bool) -> tuple[nn.Module, Callab
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer: torch.optim.Optimizer
     if zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # which takes seconds: it compiles TorchScript
+
         optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=LR, fused=True)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench_buckets
 import bench_formats
 import bench_gpu
 import bench_optim
@@ -275,3 +276,38 @@ def test_overlap_counts_the_time_within_backward_once() -> None:
     events = [event("backward", 0, 1.0, 5.0), event("bucket 0", 1, 2.0, 4.0), event("bucket 1", 1, 3.0, 6.0)]
     assert trace_parallel.overlap(events) == 0.75  # 2 to 6, of which 2 to 5
     assert trace_parallel.overlap(events[:1]) == 0.0
+
+
+def test_buckets_have_complete_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert bench_buckets.main(["--quick", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    each = list(bench_buckets.Gradients(bench_buckets.QUICK).rows())
+    assert [(row["threads"], row["what"]) for row in rows] == [
+        (n, what) for n in bench_buckets.THREADS for what in each
+    ]
+    assert {row["what"] for row in rows if row["target"] is not None} == {bench_buckets.ALL}
+    assert all(row["share"] == 1.0 for row in rows if row["what"] == bench_buckets.YARDSTICK)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
+
+
+def test_buckets_that_hold_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = bench_buckets.Gradients.copy
+
+    def wrong(self: bench_buckets.Gradients) -> None:
+        copy(self)
+        self.buckets.buckets[0].flat.mul_(2.0)
+
+    gradients = bench_buckets.Gradients(bench_buckets.QUICK)
+    gradients.check()
+    monkeypatch.setattr(bench_buckets.Gradients, "copy", wrong)
+    with pytest.raises(AssertionError, match=r"^copy: gradients differ"):
+        gradients.check()
+
+
+def test_a_gradient_that_is_all_of_a_bucket_counts_for_nothing() -> None:
+    case = Case("one is a bucket", [(4,), (8_000_000,), (2, 3)])
+    gradients = bench_buckets.Gradients(case)
+    assert gradients.copied == 10 and gradients.total >= 8_000_010
+    gradients.check()

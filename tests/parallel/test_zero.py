@@ -63,6 +63,17 @@ def test_shards_change_no_bit(
         assert equal(resumed[0], resumed[3]) and (p - q).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("strategy", ZEROS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bucket_sizes_change_no_bit_between_two_ranks(pool: Pool, dtype: torch.dtype, strategy: str) -> None:
+    """From a bucket a gradient to one for all; and they are the bits of DDP."""
+    alike = pool.run(2, jobs.train, dtype, {}, {}, "AdamW", "DDP")[0][0]
+    for cap in (1e-6, 1e-3, float("inf")):
+        options = {"bucket_cap_mb": cap, "first_bucket_mb": cap}
+        for params, _, _ in pool.run(2, jobs.train, dtype, options, {}, "AdamW", strategy):
+            assert equal(params, alike)
+
+
 def test_each_rank_has_its_share_of_the_state(pool: Pool) -> None:
     ((_, _, whole, _),) = pool.run(1, jobs.alike, "DDP", "AdamW", {}, torch.float32)
     own = [bytes_ for _, _, bytes_, _ in pool.run(4, jobs.alike, "Zero1", "AdamW", {}, torch.float32)]
