@@ -1,8 +1,8 @@
 """Training on several ranks over torch.distributed: who reduces what, and what all agree on before a step."""
 
+from pytrain.heartbeat import RankError
 from pytrain.parallel.base import Strategy
 from pytrain.parallel.ddp import DDP
-from pytrain.parallel.faults import RankError
 from pytrain.parallel.ranks import Ranks
 from pytrain.parallel.zero import Zero1, Zero2
 

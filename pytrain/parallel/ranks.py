@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pytrain.parallel.faults import RankError, heart, is_of_ranks
+from pytrain.heartbeat import RankError, heart, is_of_ranks
 
 
 class Ranks:

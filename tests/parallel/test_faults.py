@@ -15,8 +15,8 @@ import torch.distributed as dist
 import worker
 from pool import Pool
 
-from pytrain.parallel import faults
-from pytrain.parallel.faults import Heart, is_of_ranks
+from pytrain import heartbeat
+from pytrain.heartbeat import Heart, is_of_ranks
 
 Point = tuple[str, int, int, str]  # strategy, rank, step, place: see worker.py
 
@@ -115,8 +115,8 @@ def test_an_error_that_one_rank_alone_meets_is_named_by_the_others(pool: Pool, t
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
-    monkeypatch.setattr(faults, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(faults.atexit, "register", lambda function: None)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat.atexit, "register", lambda function: None)
     monkeypatch.delattr(sys, "last_value", raising=False)
     return dist.HashStore()
 
@@ -211,7 +211,7 @@ def test_the_store_is_gone(store: dist.HashStore) -> None:
         (dist.DistNetworkError("broken pipe"), True),
         (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (faults.RankError("gloo/ was to blame"), False),
+        (heartbeat.RankError("gloo/ was to blame"), False),
     ],
 )
 def test_which_errors_are_of_ranks(error: RuntimeError, expected: bool) -> None:

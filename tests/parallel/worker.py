@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pytrain import parallel, sealed
+from pytrain import heartbeat, parallel, sealed
 from pytrain.optim import AdamW
-from pytrain.parallel import faults
 
 STEPS, EVERY, SIZE = 12, 3, 2
 # In a step: "backward": in the middle of it; "sum": a bucket has just left; "agree": before the agreement; "gather":
@@ -120,7 +119,7 @@ def train(group: dist.ProcessGroup | None, strategy: str, plan: Plan | None = No
 def main() -> None:
     """Train as a rank of a launcher."""
     folder, strategy, rank, step, place = sys.argv[1:]
-    faults.BEAT_SECONDS = 0.2
+    heartbeat.BEAT_SECONDS = 0.2
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which torchrun ends the others before they can say anything
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
