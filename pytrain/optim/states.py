@@ -91,6 +91,12 @@ def needed(optimizer: FusedOptimizer, rule: Rule, formats: Formats) -> list[str]
     return [*keys, "step"] if optimizer.counts_steps else keys
 
 
+def elementwise(optimizer: Any) -> set[str]:
+    """The states that have a number an element also where a parameter has no dimensions."""
+    rules: Sequence[Rule] = getattr(optimizer, "rules", ())
+    return {name for rule in rules for name in rule.states} | {*KEEPS, "ema"}
+
+
 def check_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str) -> None:
     """Raise UnfitError where a state has another shape or device than its parameter."""
     for name in (*rule.states, *KEEPS[1:], "ema"):
@@ -201,7 +207,7 @@ def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
 
 def is_small(tensor: Tensor) -> bool:
     """Whether what lies beside this tensor may share a block."""
-    return tensor.numel() <= SMALL and tensor.is_contiguous()
+    return tensor.numel() <= SMALL and tensor.is_contiguous() and not backend.has_dtensors([tensor])
 
 
 def zeros_in_blocks(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
