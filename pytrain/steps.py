@@ -159,7 +159,10 @@ def take(
         moves: the loss scale moves next, and nothing can fail before: one part alone may do it in pass 2.
     """
     parts = _check_parts(optimizers, scaler, clip, divisor, ema)
-    shards = agreement(parts, optimizers, shards)
+    for part in parts:
+        if part.spread is not None:
+            shards = agreement(parts, optimizers, shards)
+            break
     averages, weight = (NO_AVERAGES, 0.0) if ema is None else (ema.averages, ema.next_weight())
     stages = NO_STAGES if scaler is None else scaler.begin(optimizers)
     alone = parts[0] is parts[-1]
