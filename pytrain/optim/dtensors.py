@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pytrain import backend
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, SUMSQ, WRITE
-from pytrain.optim.states import UnfitError, elementwise
+from pytrain.optim.states import UnfitError
+from pytrain.optim.storage import elementwise
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
@@ -110,9 +111,9 @@ class Meshes:
             dist.all_reduce(message, group=group)
         at = 0
         for spread, control in zip(self.spreads, controls, strict=True):
-            found, *_ = told = message[at : at + 1 + len(spread.rows)].to(control.device)
-            control[FOUND_INF] = found
-            sums = torch.where(found > 0, torch.nan, told[1:])  # no norm, as where one rank has it all
+            told = message[at : at + 1 + len(spread.rows)].to(control.device)
+            control[FOUND_INF] = told[0]
+            sums = torch.where(told[0] > 0, torch.nan, told[1:])  # no norm, as where one rank has it all
             control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ] = sums
             at += len(told)
 
@@ -203,9 +204,8 @@ class Shards:
             groups.append({**_options(group), "params": params})
         kind = type(optimizer)
         self._inner = kind.__new__(kind)
-        self._inner.__setstate__({**optimizer.__getstate__(), "param_groups": groups, "state": state})
-        self._inner._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks  # asked for, never run
-        self._inner._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+        self._inner.__dict__.update(optimizer.__dict__)  # also what a subclass of the user's has
+        self._inner.__setstate__({"param_groups": groups, "state": state})
         self._inner._warned = optimizer._warned
 
     def _begin(self, optimizer: FusedOptimizer) -> FusedOptimizer:

@@ -91,12 +91,6 @@ def needed(optimizer: FusedOptimizer, rule: Rule, formats: Formats) -> list[str]
     return [*keys, "step"] if optimizer.counts_steps else keys
 
 
-def elementwise(optimizer: Any) -> set[str]:
-    """The states that have a number an element also where a parameter has no dimensions."""
-    rules: Sequence[Rule] = getattr(optimizer, "rules", ())
-    return {name for rule in rules for name in rule.states} | {*KEEPS, "ema"}
-
-
 def check_states(state: dict[str, Tensor], param: Tensor, rule: Rule, where: str) -> None:
     """Raise UnfitError where a state has another shape or device than its parameter."""
     for name in (*rule.states, *KEEPS[1:], "ema"):

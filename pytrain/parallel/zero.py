@@ -16,8 +16,7 @@ from pytrain.amp import LossScaler
 from pytrain.grads import ALIGN_BYTES, Bucket, Work
 from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, SUMSQ
-from pytrain.optim.states import elementwise
-from pytrain.optim.storage import CODE_BLOCK, SCALE
+from pytrain.optim.storage import CODE_BLOCK, SCALE, elementwise
 from pytrain.parallel.base import Share, Strategy, check_total
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step

@@ -200,6 +200,8 @@ def overflow_on_one(group: Group, kind: str, layout: str, unscale: bool) -> Any:
     """A step with an inf in the shard of the last rank alone, and one after it."""
     net = sharded(group, layout, model())
     optimizer, scaler = make(kind, net.parameters()), LossScaler(init_scale=8.0)
+    if layout == "hsdp":  # a step with hooks looks at the gradients again after them
+        optimizer.register_step_pre_hook(lambda *_: None)
     applied, same, infos = [], [], []
     for n in range(3):
         before, state = wholes(net), whole_state(optimizer)
@@ -326,10 +328,17 @@ def alone_to_load() -> Any:
 
 
 def changes(group: Group) -> dict[str, Any]:
-    """What an optimizer of DTensors notices between steps."""
+    """What an optimizer of DTensors, of a user's class, notices between steps."""
+
+    class Mine(AdamW):
+        def hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+            lr, *others = super().hyper(group)
+            return lr * self.factor, *others
+
     net = sharded(group, "fsdp", model())
     first, *rest = net.parameters()
-    optimizer = AdamW([first], lr=0.01, ema_decay=0.5)
+    optimizer = Mine([first], lr=0.01, ema_decay=0.5)
+    optimizer.factor = 1.0
     optimizer.add_param_group({"params": rest, "lr": 0.0})
     seen: list[bool] = []
     optimizer.register_step_pre_hook(lambda o, *_: seen.append(o is optimizer))
@@ -344,12 +353,15 @@ def changes(group: Group) -> dict[str, Any]:
     found: dict[str, Any] = {"moved": step(), "hooks": seen}
     optimizer.param_groups[1]["lr"] = 0.01
     found["moved by a new lr"] = step()
+    saved = copy.copy(optimizer)
+    found["a copy's"] = saved.backend
     optimizer.state[first]["exp_avg"] = torch.zeros_like(first)
     step()
     found["from a new state"] = whole(optimizer.state[first]["exp_avg"]).abs().max().item()
     shard = first._local_tensor  # type: ignore[attr-defined]
     first._local_tensor = shard.clone()  # type: ignore[attr-defined]  # as fully_shard does when it pads
-    found["new memory"], found["old memory"] = step()[0], shard.data_ptr() == first._local_tensor.data_ptr()  # type: ignore[attr-defined]
+    found["new memory"] = step()[0]
+    found["old memory"] = shard.data_ptr() == first._local_tensor.data_ptr()  # type: ignore[attr-defined]
     own = wholes(net)
     with optimizer.swap_ema():
         found["averages"] = [not torch.equal(p, q) for p, q in zip(own, wholes(net), strict=True)]

@@ -143,6 +143,7 @@ def test_changes_between_steps_are_noticed(pool: Pool) -> None:
         assert len(found["hooks"]) == 4 and all(found["hooks"])
         assert found["new memory"] and not found["old memory"] and all(found["averages"]) and all(found["own again"])
         assert found["portable"] == {"step": "Tensor", "exp_avg": "DTensor", "exp_avg_sq": "DTensor"}
+        assert found["fused"] == found["a copy's"]
         assert found["fused"] == "native" or backend.facts is None or backend.wanted() == "torch"
         # beta1 = 0.9 of zeros, and a tenth of a gradient whose norm is at most 1
         assert 0 < found["from a new state"] <= 0.1 + 1e-9
