@@ -26,7 +26,7 @@ from pytrain.control import (
     update_scaler,
 )
 from pytrain.optim.plan import FOUND_INF, Besides, Between
-from pytrain.parts import blank_control
+from pytrain.parts import agreement, blank_control, part_of
 
 Outputs = TypeVar("Outputs", bound="Tensor | Iterable[Any]")
 
@@ -200,6 +200,7 @@ class LossScaler:
                     if grad.dtype == torch.float16:  # whose rows may overflow only when they are summed
                         param.grad = grad = grad.coalesce()
                     grad = grad._values()
+                grad = backend.local(grad)
                 grad = torch.view_as_real(grad) if grad.is_complex() else grad
                 by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
         with torch.no_grad():
@@ -207,6 +208,12 @@ class LossScaler:
                 flag = torch.zeros(1, device=device)
                 torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, inverse.to(device))
                 found += flag[0].to(found.device)
+        shards = agreement([part_of(optimizer)], [optimizer], None)
+        if shards is not None:  # also what other ranks have found in their shards
+            control = blank_control(len(optimizer.param_groups))
+            control[FOUND_INF] = found
+            shards.agree_on([control])
+            found = control[FOUND_INF].float()
         stage = self.stage(optimizer)
         stage.unscaled, stage.found_inf = True, found
 

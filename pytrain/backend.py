@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -148,6 +150,20 @@ def is_capturing(device: torch.device) -> bool:
 def home_of_numbers(param: Tensor) -> torch.device:
     """Where a parameter's step count and scalars are kept: beside it where its kernels count, else on the CPU."""
     return param.device if launches(param.device) else torch.device("cpu")
+
+
+def has_dtensors(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them is a DTensor; nothing is imported to find out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in set(map(type, tensors))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, in the same memory; any other tensor as it is."""
+    if not has_dtensors([tensor]):
+        return tensor
+    shard: Any = tensor._local_tensor  # type: ignore[attr-defined]  # to_local() makes a new one of a parameter
+    return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]  # still on its way
 
 
 def wanted() -> str:

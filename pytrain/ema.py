@@ -499,6 +499,8 @@ def _copy(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float) -> None:
     """Move each average to its parameter by a weight in (0, 1]: torch.lerp's two forms, each operation rounded."""
     averages, params = list(averages), list(params)
+    if backend.has_dtensors(averages):
+        averages, params = list(map(backend.local, averages)), list(map(backend.local, params))
     if backend.facts is not None and torch.ops.pytrain._average.default(averages, params, weight) < 0:
         torch.autograd.graph.increment_version(averages)
         return

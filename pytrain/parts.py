@@ -7,12 +7,14 @@ A part has `measure` (pass 1, which returns the control block), `finish` (pass 2
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from pytrain import backend
 from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.plan import (
     CLIP_COEF,
@@ -27,13 +29,27 @@ from pytrain.optim.plan import (
 )
 from pytrain.optim.slow import sum_squares
 
+if TYPE_CHECKING:
+    from pytrain.optim.dtensors import Spread
+
 NOBODY: frozenset[int] = frozenset()
+
+
+class Shards(Protocol):
+    """Other ranks, which hold what this one has not of the parameters that are stepped."""
+
+    def agree_on(self, controls: list[Tensor]) -> None:
+        """Have every rank's control blocks tell of all gradients."""
+
+    def publish(self) -> None:
+        """Have every rank's parameters be whole."""
 
 
 class Part(Protocol):
     """An optimizer in a step."""
 
     settles: bool  # has pass 1 settled the control block too?
+    spread: Spread | None  # how DTensors among its parameters lie on the ranks
 
     def measure(
         self,
@@ -74,6 +90,20 @@ def part_of(optimizer: Optimizer, place: int = 0) -> Part:
     return Foreign(optimizer)
 
 
+def agreement(parts: Sequence[Part], optimizers: Sequence[Optimizer], shards: Shards | None) -> Shards | None:
+    """Who holds the rest of what is stepped: `shards`, or the ranks of the mesh on which DTensors lie.
+
+    Raises:
+        ValueError: it would be both, or the meshes have other ranks.
+    """
+    for part in parts:
+        if part.spread is not None:
+            from pytrain.optim.dtensors import Meshes
+
+            return Meshes([one.spread for one in parts], optimizers, shards)
+    return shards
+
+
 def blank_control(groups: int, grad_coef: float = 1.0) -> Tensor:
     """The control block of a step in which nothing was found yet."""
     control = torch.zeros(CONTROL_HEAD + CONTROL_ROW * groups, dtype=torch.float64, device="cpu")
@@ -89,11 +119,16 @@ class Foreign:
     """
 
     settles = False
+    spread: Spread | None = None
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.control = blank_control(len(optimizer.param_groups))
         self.clip_value = 0.0
+        if backend.has_dtensors(p for group in optimizer.param_groups for p in group["params"]):
+            from pytrain.optim.dtensors import Spread
+
+            self.spread = Spread(optimizer)
 
     @torch.no_grad()
     def measure(
@@ -110,7 +145,7 @@ class Foreign:
         for row, group in enumerate(self.optimizer.param_groups):
             total = 0.0
             for param in group["params"]:
-                squares = sum_squares(param.grad)
+                squares = sum_squares(None if param.grad is None else backend.local(param.grad))
                 if not math.isnan(squares):
                     total += squares
                 elif not self.control[FOUND_INF]:
@@ -133,6 +168,8 @@ class Foreign:
                 self._prepare([param for param in group["params"] if param.grad is not None], coef)
         if self.control[INV_SCALE] > 1.0:  # what the unscaling has made larger may have left fp16
             self.measure(1.0, self.clip_value, {}, 0.0)
+            if self.spread is not None:
+                agreement([self], [optimizer], None).agree_on([self.control])  # type: ignore[union-attr]
             if self.control[FOUND_INF] != 0:
                 self.finish(alone=alone)
                 return
@@ -152,7 +189,7 @@ class Foreign:
                 if self.clip_value or grad.dtype == torch.float16:  # whose rows may overflow only when they are summed
                     param.grad = grad = grad.coalesce()
                 grad = grad._values()
-            values.append(grad)
+            values.append(backend.local(grad))
         if coef != 1.0:
             torch._foreach_mul_(values, coef)
         if self.clip_value:
@@ -175,6 +212,7 @@ class Released:
     """An optimizer that steps in backward: its gradients are gone, and what was bad was skipped one by one."""
 
     settles = False
+    spread: Spread | None = None
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer

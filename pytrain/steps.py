@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pytrain.backend import is_remote
 from pytrain.clip import Clip, ClipGroup, ClipPer, read_clip
 from pytrain.control import ONE, settle
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
-from pytrain.parts import Part, Released, part_of
+from pytrain.parts import Part, Released, Shards, agreement, part_of
 
 if TYPE_CHECKING:
     from pytrain.ema import Average
@@ -35,16 +35,6 @@ except ImportError:  # a torch that has it elsewhere: always take the way that i
 
 NO_AVERAGES: dict[int, Tensor] = {}
 NO_STAGES: list[Stage] = []
-
-
-class Shards(Protocol):
-    """Other ranks, which hold what this one has not of the parameters that are stepped."""
-
-    def agree_on(self, controls: list[Tensor]) -> None:
-        """Have every rank's control blocks tell of all gradients."""
-
-    def publish(self) -> None:
-        """Have every rank's parameters be whole."""
 
 
 class StepInfo:
@@ -169,6 +159,10 @@ def take(
         moves: the loss scale moves next, and nothing can fail before: one part alone may do it in pass 2.
     """
     parts = _check_parts(optimizers, scaler, clip, divisor, ema)
+    for part in parts:
+        if part.spread is not None:
+            shards = agreement(parts, optimizers, shards)
+            break
     averages, weight = (NO_AVERAGES, 0.0) if ema is None else (ema.averages, ema.next_weight())
     stages = NO_STAGES if scaler is None else scaler.begin(optimizers)
     alone = parts[0] is parts[-1]

@@ -36,6 +36,8 @@ from pytrain.optim.storage import Storage
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from pytrain.optim.dtensors import Shards, Spread
+
 REGISTRY: dict[str, type[FusedOptimizer]] = {}
 
 
@@ -85,6 +87,8 @@ class FusedOptimizer(Optimizer):
     takes_control: ClassVar[bool] = True  # does its own loop unscale, clip and average, as `pytrain.step` asks it to?
     settles: bool = False  # has the last `measure` settled the control block too?
     implementation_keys: ClassVar[tuple[str, ...]] = ()  # group keys that choose how, not what, to compute
+    spread: Spread | None = None  # how DTensors among the parameters lie on the ranks
+    _shards: Shards | None = None  # what steps those
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -134,6 +138,8 @@ class FusedOptimizer(Optimizer):
     @property
     def choices(self) -> list[backend.Choice]:
         """The backend and the reason, a param group: that of its first parameter on the torch path, if there is one."""
+        if self._shards is not None:
+            return self._shards.inner(self).choices
         found = {} if self._settled is None else {id(s.entry.param): s.reason for s in self._settled.slow}
         chosen = []
         for group in self.param_groups:
@@ -242,6 +248,8 @@ class FusedOptimizer(Optimizer):
 
     def _run_settled(self, inv_scale: float, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Step; the last two, of a torch GradScaler, count where only their device knows them."""
+        if self._shards is not None:
+            return self._shards.run(self, inv_scale, found_inf, grad_scale)
         settled, code = self._settled, 0
         if settled is not None and settled.is_current(self):
             code = settled.run(self, inv_scale, found_inf, grad_scale)
@@ -278,6 +286,8 @@ class FusedOptimizer(Optimizer):
         """
         if self._swapped:
             raise RuntimeError("step: the parameters hold their averages; leave the swap() context first")
+        if self._shards is not None:
+            return self._shards.measure(self, grad_coef, clip_value)
         if averages and averages is not self.averages:
             self.averages, self._settled = averages, None
         settled, code = self._settled, 0
@@ -319,6 +329,8 @@ class FusedOptimizer(Optimizer):
         return bool(mine or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
     def _write(self, mode: int, scaler: Moving | None = None) -> None:
+        if self._shards is not None:
+            return self._shards.write(self, mode)
         settled, self._measured = self._measured, None
         assert settled is not None
         if mode == WRITE and self._hooked():  # hooks may have changed the gradients
@@ -349,7 +361,10 @@ class FusedOptimizer(Optimizer):
     def abandon(self) -> None:
         """Take back a `measure` whose pass 2 will not come."""
         if self._measured is not None:
-            self._forget_first(self._measured)
+            if self._shards is not None:
+                self._shards.abandon()
+            else:
+                self._forget_first(self._measured)
             self._measured = None
 
     def _forget_first(self, settled: Settled) -> None:
@@ -375,8 +390,22 @@ class FusedOptimizer(Optimizer):
         self.check_group(full)
         self._check_implementation(full)
         super().add_param_group(param_group)
+        try:
+            self._find_shards()
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         if self._release is not None:
             self._release.watch(self.param_groups[-1]["params"])
+
+    def _find_shards(self) -> None:
+        """Where a parameter is a DTensor, have its shards stepped."""
+        self._shards = self.spread = None
+        if backend.has_dtensors(p for group in self.param_groups for p in group["params"]):
+            from pytrain.optim.dtensors import Shards
+
+            self._shards = Shards(self)
+            self.spread = self._shards.spread
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim's class of the same name.
@@ -415,6 +444,7 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self._find_shards()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -144,7 +144,7 @@ def _find_slow(optimizer: Optimizer) -> dict[str, str]:
     for index, group in enumerate(optimizer.param_groups):
         reasons: dict[str, list[int]] = {}
         for i, param in enumerate(group["params"]):
-            choice = backend.select(param, fused=False if group.get("fused") is False else None)
+            choice = backend.select(backend.local(param), fused=False if group.get("fused") is False else None)
             if choice.backend == "torch" and backend.wanted() != "torch":
                 reasons.setdefault(choice.reason, []).append(i)
         for reason, found in reasons.items():

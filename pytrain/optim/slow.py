@@ -152,7 +152,7 @@ def lerp(a: Tensor, b: Tensor, w: float) -> Tensor:
 
 def zero(grad: Tensor) -> None:
     """Write zeros, also through an expanded tensor, which torch does not write into."""
-    if grad.layout == torch.strided:
+    if grad.layout == torch.strided and 0 in grad.stride():
         sizes = [1 if stride == 0 else size for size, stride in zip(grad.shape, grad.stride(), strict=True)]
         grad = grad.as_strided(sizes, grad.stride())
     grad.zero_()

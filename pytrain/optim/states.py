@@ -201,7 +201,7 @@ def make_all(optimizer: FusedOptimizer, entries: list[Entry]) -> None:
 
 def is_small(tensor: Tensor) -> bool:
     """Whether what lies beside this tensor may share a block."""
-    return tensor.numel() <= SMALL and tensor.is_contiguous()
+    return tensor.numel() <= SMALL and tensor.is_contiguous() and not backend.has_dtensors([tensor])
 
 
 def zeros_in_blocks(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

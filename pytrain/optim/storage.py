@@ -6,6 +6,7 @@ checkpoints are converted by them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,12 @@ class Storage:
         if self.state == "8bit" and not exact and getattr(param, "whole_numel", param.numel()) >= CODED_FROM:
             return coded(rule, name)
         return "bf16" if self.state == "bf16" and not exact else "fp32"
+
+
+def elementwise(optimizer: Any) -> set[str]:
+    """The states that have a number an element also where a parameter has no dimensions."""
+    rules: Sequence[Rule] = getattr(optimizer, "rules", ())
+    return {name for rule in rules for name in rule.states} | {*KEEPS, "ema"}
 
 
 def coded(rule: Rule, name: str) -> str:

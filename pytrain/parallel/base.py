@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from pytrain import backend
 from pytrain.amp import LossScaler
 from pytrain.grads import ALIGN_BYTES, Bucket, GradBuckets, Unused, Work
 from pytrain.parallel.collectives import Collectives
@@ -71,6 +72,8 @@ class Strategy(ABC):
     ) -> None:
         if reduce_dtype is not None and reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(f"reduce_dtype: expected torch.float32, torch.bfloat16 or None, got {reduce_dtype}")
+        if backend.has_dtensors(module.parameters()):
+            raise ValueError("module: a parameter is a DTensor, sharded already; step it by pytrain.step alone")
         self.ranks, self.module, self.optimizer, self.reduce_dtype = Ranks(group), module, optimizer, reduce_dtype
         self.stop, self.more, self.collectives = False, False, Collectives(self.ranks)
         self._has_more, self._joined = False, 0

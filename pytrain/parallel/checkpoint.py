@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pytrain.folders import Chunk, open_folder, read_chunks, together, write_folder
-from pytrain.optim.storage import CODE_BLOCK
+from pytrain.optim.storage import CODE_BLOCK, elementwise
 from pytrain.parallel.base import Share, Strategy
-from pytrain.parallel.zero import code_blocks, elementwise, is_scales
+from pytrain.parallel.zero import code_blocks, is_scales
 from pytrain.sealed import CheckpointError, read_checkpoint, write_checkpoint
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from pytrain.amp import LossScaler
 from pytrain.grads import ALIGN_BYTES, Bucket, Work
 from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, SUMSQ
-from pytrain.optim.storage import CODE_BLOCK, KEEPS, SCALE
+from pytrain.optim.storage import CODE_BLOCK, SCALE, elementwise
 from pytrain.parallel.base import Share, Strategy, check_total
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step
@@ -334,12 +334,6 @@ def _check_optimizer(optimizer: Optimizer) -> FusedOptimizer:
     if optimizer.storage.stochastic:
         raise ValueError("optimizer: rounding='stochastic' draws its numbers a whole tensor at a time; use DDP")
     return optimizer
-
-
-def elementwise(optimizer: Optimizer) -> set[str]:
-    """The states that have a number an element also where a parameter has no dimensions."""
-    rules = optimizer.rules if isinstance(optimizer, FusedOptimizer) else ()
-    return {name for rule in rules for name in rule.states} | {*KEEPS, "ema"}
 
 
 def code_blocks(begin: int, end: int) -> tuple[int, int]:

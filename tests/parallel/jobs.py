@@ -223,18 +223,6 @@ def fp16_sum(group: Group, value: float) -> list[float]:
     return out
 
 
-def under_torchs_ddp(group: Group) -> Any:
-    """Our optimizer and step below torch's wrapper."""
-    net = model()
-    wrapped = nn.parallel.DistributedDataParallel(net, process_group=group)
-    optimizer = AdamW(net.parameters(), lr=0.01)
-    for n in range(3):
-        summed_loss(wrapped, batch(10 * n + dist.get_rank(group), 4, torch.float64)).backward()
-        pytrain.step(optimizer, max_norm=1.0)
-        optimizer.zero_grad()
-    return values(net)
-
-
 def numbers(group: Group, mine: list[list[float]], order: list[list[int]]) -> Any:
     """What `Ranks` agrees on."""
     ranks = Ranks(group)

@@ -131,11 +131,6 @@ def test_sums_of_fp16_gradients_do_not_overflow(pool: Pool) -> None:
         assert pool.run(size, jobs.fp16_sum, 60000.0) == [[60000.0] * 4] * size
 
 
-def test_under_torchs_ddp(pool: Pool) -> None:
-    found = pool.run(2, jobs.under_torchs_ddp)
-    assert equal(*found)
-
-
 def test_what_ranks_agree_on(pool: Pool) -> None:
     found = pool.run(3, jobs.numbers, [[1.0, 2.0], [4.0, 8.0], [0.5, 0.25]], [[3, 1], [0, 0], [9, 9]])
     assert found == [([5.5, 10.25], [3, 1])] * 3
