@@ -1,4 +1,4 @@
-"""The command line: `python -m pytrain info`, `demo` and `report`."""
+"""The command line: `python -m pytrain info`, `demo`, `parity` and `report`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ USAGE = """usage: python -m pytrain COMMAND
 
   info   what was built, what this machine has, and which backend each optimizer takes
   demo   train real models on real data, torch against pytrain, and write report.html
+  parity A.py B.py   find the first step and tensor in which two trainings differ
   report RUN         plot the metrics of a run as one HTML file
 
-COMMAND --help has the options of the last two.
+COMMAND --help has the options of the last three.
 """
 
 
@@ -26,6 +27,10 @@ def main(argv: list[str]) -> int:
         from pytrain.demo import main as demo
 
         return demo(rest)
+    if command == "parity":
+        from pytrain.parity import main as parity
+
+        return parity(rest)
     if command == "report":
         from pytrain.report import main as report
 
