@@ -69,7 +69,7 @@ def test_a_trainers_run_becomes_one_page_that_fetches_nothing(
     assert "&lt;b&gt;mine &amp; yours&lt;/b&gt;" in text and "<b>mine" not in text
     for name in names - {"<b>mine & yours</b>"}:
         assert f"<td>{name}</td>" in text
-    image = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])  # type: ignore[index]
+    image = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])
     assert image.startswith(b"\x89PNG")
     drawn = curves(tmp_path)["loss and val_loss"]
     assert drawn["loss"] == [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -112,7 +112,7 @@ def test_damaged_lines_are_skipped_and_said(tmp_path: Path, capsys: pytest.Captu
     file.write_bytes(b'[1]\n{"step": "x"}\n' + file.read_bytes() + b'\n\xff\n{"step": 3, "lo')
     assert main(["report", str(file), "--out", str(tmp_path / "other.html")]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert [re.search(r"line (\d+) is damaged and was skipped", line)[1] for line in said] == ["1", "2", "6", "7"]  # type: ignore[index]
+    assert [re.search(r"line (\d+) is damaged and was skipped", line)[1] for line in said] == ["1", "2", "6", "7"]
     assert curves(file) == {"loss": {"loss": [(1.0, 1.0), (2.0, 0.5)]}}
     assert "line 7 is damaged" in (tmp_path / "other.html").read_text()
 
