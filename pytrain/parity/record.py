@@ -101,24 +101,39 @@ class Recorder:
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(optimizer, "_release", None) is not None:
             raise ValueError(
                 "parity: step_in_backward=True steps and frees each gradient within backward, so that there is none "
                 "to compare; leave it out for the comparison"
             )
-        number = next((i for i, known in enumerate(self.optimizers) if known is optimizer), None)
+        self.record = None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._note(optimizer)
+            return None
+
+        def noted() -> Any:
+            loss = closure()
+            self._note(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": noted}
+
+    @torch.no_grad()
+    def _note(self, optimizer: Optimizer) -> None:
+        """Begin the record of a step whose gradients are there; of several by one closure the last counts."""
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        first = number is None
-        if number is None:
-            number = len(self.optimizers)
-            self.optimizers.append(optimizer)
-            self.names.append(names_of(params, number))
+        number = next((i for i, known in enumerate(self.optimizers) if known is optimizer), len(self.optimizers))
         skipped, gradients = applied_gradients(optimizer)
         losses, self.losses = self.losses, []
         if skipped:
             return
+        before = None if self.record is None else self.record["before"]
+        if number == len(self.optimizers):
+            self.optimizers.append(optimizer)
+            self.names.append(names_of(params, number))
+            before = [copied(param) for param in params]
         self.record = {
             "optimizer": number,
             "kind": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
@@ -127,7 +142,7 @@ class Recorder:
             "groups": [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]],
             "hypers": [plain_values(group) for group in optimizer.param_groups],
             "gradients": gradients,
-            "before": [copied(param) for param in params] if first else None,
+            "before": before,
         }
 
     @torch.no_grad()

@@ -127,30 +127,82 @@ def test_clipping_in_the_step_is_clipping_in_place(tmp_path: Path, adamw: Any) -
     assert outcome.largest["loss"] == 0.0
 
 
-def test_our_step_is_recorded_unscaled_and_averaged() -> None:
-    """Two summed micro-batches under a loss scale, in `pytrain.step`, against one joined and unscaled batch."""
-    joined = [torch.cat(parts) for parts in zip(*batches(2), strict=True)]
+def test_mixed_precision_and_its_skipped_steps_are_those_of_torchs_recipe(tmp_path: Path) -> None:
+    """The first three steps overflow fp16 at torch's and at our initial scale of 2^16, then both train on alike."""
+    x, y = (1e2 * part for part in batches()[0])
+
+    def recipe() -> None:
+        model, scaler = network(), torch.amp.GradScaler("cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(99):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.mse_loss(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    def ours() -> tuple[Any, ...]:
+        made, _, trainer = module(tmp_path, precision="fp16-mixed")()
+        trainers.append(trainer)
+        return made, [(x, y)], trainer
+
+    trainers: list[pytrain.Trainer] = []
+    outcome = assert_same_training(recipe, ours, steps=3)
+    assert max(outcome.largest.values()) == 0.0 and trainers[0].skipped_steps > 0
+
+
+@pytest.mark.parametrize("overflow", [False, True], ids=["clean", "skipped"])
+@pytest.mark.parametrize("sgd", [pytrain.optim.SGD, torch.optim.SGD], ids=["pytrain", "torch"])
+@pytest.mark.parametrize("clip", [{}, {"max_norm": 0.01}, {"clip_value": 0.001}], ids=["free", "norm", "value"])
+def test_our_step_is_recorded_unscaled_averaged_and_clipped(sgd: Any, overflow: bool, clip: dict[str, float]) -> None:
+    """Two summed micro-batches under a loss scale, in `pytrain.step`, against one joined and unscaled batch in fp64."""
+    joined = [torch.cat(parts).double() for parts in zip(*batches(2), strict=True)]
 
     def plain() -> None:
-        model = network().eval()
-        optimizer = pytrain.optim.SGD(model.parameters(), lr=0.5)
+        model = network().double().eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for _ in range(4):
             optimizer.zero_grad()
             nn.functional.mse_loss(model(joined[0]), joined[1]).backward()
+            if "max_norm" in clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip["max_norm"])
+            elif clip:
+                nn.utils.clip_grad_value_(model.parameters(), clip["clip_value"])
             optimizer.step()
 
     def fused() -> None:
-        model = network().eval()
-        optimizer = pytrain.optim.SGD(model.parameters(), lr=0.5)
+        model = network().double().eval()
+        optimizer = sgd(model.parameters(), lr=0.5)
         scaler = pytrain.amp.LossScaler(init_scale=2.0**10)
-        for _ in range(4):
+        for step in range(5):
             optimizer.zero_grad()
             for x, y in batches(2):
-                scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
-            pytrain.step(optimizer, scaler, grad_divisor=2.0)
+                loss = nn.functional.mse_loss(model(x.double()), y.double())
+                scaler.scale(loss * torch.inf if overflow and step == 1 else loss).backward()
+            pytrain.step(optimizer, scaler, grad_divisor=2.0, **clip)
 
-    outcome = assert_same_training(plain, fused, steps=4, tolerance=1e-6)
+    outcome = assert_same_training(plain, fused, steps=4, tolerance=1e-12)
     assert outcome.steps == 4 and max(outcome.largest.values()) > 0.0
+
+
+def test_a_closure_is_the_same_as_a_loop() -> None:
+    def closure_training() -> None:
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        x, y = batches()[0]
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(10):
+            optimizer.step(closure)
+
+    outcome = assert_same_training(loop(), closure_training)
+    assert outcome.steps == 10 and max(outcome.largest.values()) == 0.0 and "loss" in outcome.largest
 
 
 def test_two_optimizers_are_told_apart() -> None:
@@ -240,6 +292,34 @@ def _summing() -> Callable[[], None]:
 def test_a_parameter_that_one_optimizer_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"only module_training has, in its optimizer 0, 3.bias of shape \(3,\)"):
         assert_same_training(module(tmp_path), loop(frozen=["3.bias"]))
+
+
+def test_a_gradient_that_only_one_has_is_named(tmp_path: Path) -> None:
+    def frozen() -> tuple[Any, ...]:
+        made, data, trainer = module(tmp_path)()
+        made.net[3].bias.requires_grad_(False)
+        return made, data, trainer
+
+    outcome = found(loop(), frozen, 1, "gradient", "3.bias")
+    assert outcome.first is not None and outcome.first.text == "only loop_training has one"
+
+
+def test_another_schedule_is_found_at_the_step_where_it_sets_in() -> None:
+    def scheduled(every: int) -> Callable[[], None]:
+        def training() -> None:
+            model = network()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, every, 0.5)
+            for _ in range(9):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(batches()[0][0]), batches()[0][1]).backward()
+                optimizer.step()
+                schedule.step()
+
+        return training
+
+    outcome = found(scheduled(4), scheduled(3), 4, "parameter", "0.weight")
+    assert "lr of its param group is 0.5 in training (first) and 0.25 in training (second)" in str(outcome)
 
 
 def test_one_element_in_a_thousand_is_found_and_a_nan_too() -> None:
