@@ -66,7 +66,7 @@ clean:
 $(DEPENDENCIES): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) $(BUILD_REQUIREMENTS)
-	PYTRAIN_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,dev]'
+	PYTRAIN_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,export,dev]'
 	touch $@
 
 # Without nvcc, which takes minutes.

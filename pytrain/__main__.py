@@ -1,4 +1,4 @@
-"""The command line: `python -m pytrain info` and `python -m pytrain demo`."""
+"""The command line: `python -m pytrain info`, `demo`, `parity` and `report`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 USAGE = """usage: python -m pytrain COMMAND
 
   info   what was built, what this machine has, and which backend each optimizer takes
-  demo   train real models on real data, torch against pytrain, and write report.html (demo --help for its options)
+  demo   train real models on real data, torch against pytrain, and write report.html
+  parity A.py B.py   find the first step and tensor in which two trainings differ
+  report RUN         plot the metrics of a run as one HTML file
+
+COMMAND --help has the options of the last three.
 """
 
 
@@ -23,6 +27,14 @@ def main(argv: list[str]) -> int:
         from pytrain.demo import main as demo
 
         return demo(rest)
+    if command == "parity":
+        from pytrain.parity import main as parity
+
+        return parity(rest)
+    if command == "report":
+        from pytrain.report import main as report
+
+        return report(rest)
     asked = command in ("-h", "--help")
     print(USAGE if asked or not command else f"unknown command {' '.join(argv)!r}\n\n{USAGE}", end="")
     return 0 if asked else 2

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the page on the step runs as it stands, from an empty folder."""
+"""Every Python block of the README and of the pages on step and trainer runs as it stands, from an empty folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "step.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "step.md", ROOT / "docs" / "trainer.md"]
 BLOCKS = [
     block
     for page in PAGES

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import platform
 import sys
@@ -18,6 +16,7 @@ import torch
 import pytrain
 from pytrain.demo.compare import Comparison, largest, middle, spread
 from pytrain.demo.data import missing_extra
+from pytrain.page import data_uri, finish_axes, page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,34 +24,6 @@ if TYPE_CHECKING:
 
 HEADINGS = ("task", "trained with", "held out", "step, ms", "whole post-backward, ms", "largest loss difference")
 COLOURS = {"torch fused": "#9db4d0", "pytrain": "#d9480f", "fp64 reference": "#8a8f98"}
-STYLE = """
-:root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --back: #f6f8fa; --own: #d9480f; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 30px; margin: 0 0 4px; } h1 b { color: var(--own); }
-h2 { font-size: 21px; margin: 0 0 2px; } h3 { font-size: 15px; margin: 20px 0 6px; }
-p { margin: 6px 0 12px; } .soft { color: var(--soft); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 22px 26px; margin-top: 22px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 600; font-size: 14px; }
-th, td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr:last-child td { border-bottom: 0; }
-td.number, th.number { text-align: right; white-space: nowrap; } tr.own td { font-weight: 600; }
-tr.first:not(:first-child) td { border-top: 2px solid #afb8c1; }
-.facts td:first-child { color: var(--soft); width: 130px; }
-img { width: 100%; height: auto; margin-top: 10px; display: block; }
-ul.checks { list-style: none; padding: 0; margin: 8px 0 0; }
-ul.checks li { margin: 4px 0; padding-left: 26px; position: relative; }
-ul.checks li::before { position: absolute; left: 2px; font-weight: 700; }
-li.passed::before { content: "\\2713"; color: #1a7f37; } li.failed::before { content: "\\2717"; color: #cf222e; }
-.badge { display: inline-block; border-radius: 14px; padding: 3px 14px; color: #fff;
-  font-weight: 600; font-size: 14px; }
-.badge.passed { background: #1a7f37; } .badge.failed { background: #cf222e; }
-pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
-  font: 13px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
-"""
 READING = """
 Every task is trained three times, from the same initial weights, on the same batches in the same order:
 with <b>torch fused</b> (<code>torch.optim.AdamW(fused=True)</code> in a plain loop), with <b>pytrain</b>
@@ -161,21 +132,17 @@ def write_report(
     badge = f"{failed} of {len(verdicts)} checks failed" if failed else f"all {len(verdicts)} checks passed"
     facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in machine_facts(comparisons))
     path.write_text(
-        f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>pytrain demo report</title><style>{STYLE}</style></head>
-<body><main>
-<h1><b>pytrain</b> against torch, on real data</h1>
+        page(
+            "pytrain demo report",
+            f"""<h1><b>pytrain</b> against torch, on real data</h1>
 <p class="soft">Written by <code>python -m pytrain demo{escape(" " + options if options else "")}</code></p>
 <p><span class="badge {"failed" if failed else "passed"}">{badge}</span></p>
 <section><h2>Results</h2>{_html_table(comparisons)}
 {"".join(f'<p class="soft">{escape(line)}</p>' for line in left_out)}
 <h3>How to read this</h3><p>{READING}</p></section>
 <section><h2>Machine</h2><table class="facts">{facts}</table></section>
-{"".join(_task_section(one, samples) for one in comparisons)}
-</main></body></html>
-""",
+{"".join(_task_section(one, samples) for one in comparisons)}""",
+        ),
         encoding="utf-8",
     )
 
@@ -207,7 +174,7 @@ def _task_section(one: Comparison, samples: Sequence[Sample]) -> str:
 <p class="soft">{escape(one.task.about)}. {count:,} parameters, {settings.steps} steps of {settings.batch},
 learning rate {settings.lr:g}, weight decay {settings.weight_decay:g}.</p>
 <ul class="checks">{checks}</ul>
-<img alt="Loss curves, loss differences and times of {escape(one.task.name)}" src="{_png(_figure(one))}">
+<img alt="Loss curves, loss differences and times of {escape(one.task.name)}" src="{data_uri(_figure(one))}">
 {wrote}</section>
 """
 
@@ -237,7 +204,7 @@ def _plot_losses(axes: Axes, one: Comparison) -> None:
         axes.plot(
             steps, _running_mean(run.losses, window), line, color=COLOURS[run.who], linewidth=width, label=run.who
         )
-    _finish(axes, "training loss, both runs overlaid", "step", f"loss, {unit}")
+    finish_axes(axes, "training loss, both runs overlaid", "step", f"loss, {unit}")
     axes.legend(frameon=False, title=f"mean of {window} steps" if window > 1 else None)
 
 
@@ -247,7 +214,7 @@ def _plot_differences(axes: Axes, one: Comparison) -> None:
         shown = [difference if difference > 0 else float("nan") for difference in one.differences(run)]
         axes.plot(steps, shown, ".", markersize=2.5, color=COLOURS[run.who], label=run.who)
     axes.set_yscale("log")
-    _finish(axes, "loss difference to torch fused (equal steps not drawn)", "step", "|difference|, nats")
+    finish_axes(axes, "loss difference to torch fused (equal steps not drawn)", "step", "|difference|, nats")
     axes.legend(frameon=False, markerscale=4)
 
 
@@ -269,27 +236,10 @@ def _plot_times(axes: Axes, one: Comparison, seconds: list[list[float]], title: 
         width=0.68,
     )
     axes.bar_label(bars, labels=[f"{m:.3g}" for m in medians], label_type="center", color="#1f2328", fontsize=9)
-    _finish(axes, title, "", "ms: median, 10 % to 90 %")
+    finish_axes(axes, title, "", "ms: median, 10 % to 90 %")
     axes.tick_params(axis="x", labelsize=8, length=0)
     axes.grid(visible=False, axis="x")
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10.5, loc="left", color="#1f2328")
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=8.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e9ec", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
 def _running_mean(values: list[float], window: int) -> list[float]:
     return [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
-
-
-def _png(figure: Figure) -> str:
-    """Return a figure as a data URI."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=170)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from pytrain.export import Exportable
 from pytrain.loggers.metrics import Metric, MetricLog
 from pytrain.tbptt import split_time
 from pytrain.trainer.checkpoint import load_checkpoint
@@ -30,7 +31,7 @@ class HParams(dict[str, Any]):
             raise AttributeError(f"hparams has no {name!r}, but {list(self)}") from None
 
 
-class Module(torch.nn.Module):
+class Module(Exportable):
     """A torch.nn.Module with a training step and an optimizer.
 
     Override `training_step` and `configure_optimizers`; all else is optional: `validation_step`, `test_step`,
