@@ -117,12 +117,14 @@ class StochasticWeightAveraging(Callback):
         self._ended = state_dict["ended"]
 
     def on_fit_start(self, trainer: Running, module: Module) -> None:
-        if isinstance(self._start, float) and trainer.max_epochs is None:
+        if isinstance(self._start, float) and trainer.config.max_epochs is None:
             raise ValueError(
                 f"StochasticWeightAveraging: swa_epoch_start={self._start!r} is a share of max_epochs, which the "
                 "trainer has not; give a number of epochs, an int"
             )
-        self._first = int(self._start * (trainer.max_epochs or 0)) if isinstance(self._start, float) else self._start
+        self._first = (
+            int(self._start * (trainer.config.max_epochs or 0)) if isinstance(self._start, float) else self._start
+        )
         groups = len(_groups(trainer))
         if self._lrs is not None and len(self._lrs) not in (1, groups):
             raise ValueError(
@@ -139,6 +141,11 @@ class StochasticWeightAveraging(Callback):
 
     def on_train_step_end(self, trainer: Running, module: Module, info: StepInfo) -> None:
         self._set_lrs(trainer)  # a schedule may have moved it
+
+    def log_metrics(self, trainer: Running, module: Module, metrics: dict[str, float]) -> None:
+        self._set_lrs(trainer)
+        if "lr" in metrics:
+            metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self, trainer: Running, module: Module) -> None:
         if trainer.current_epoch >= self._first and trainer.current_epoch > self._ended and self.average is not None:

@@ -23,20 +23,22 @@ class Running(Protocol):
 
     Attributes:
         current_epoch: the epoch under way, from 0.
-        global_step: optimizer steps applied.
+        global_step: optimizer steps applied. On a device it may have to be asked for; see `StepCount`.
         callback_metrics: the last validation metrics and the last written training metrics, the same on all ranks.
         should_stop: set it to True and the run ends after the step under way.
         enable_validation: whether this run validates at all.
-        max_steps, max_epochs, num_training_batches: None where there is no limit, or where it is unknown.
+        train_dataloader: this rank's training batches.
+        num_training_batches: None where it is unknown.
         ema: the averages that follow the steps, or None. A callback may set it in `setup`; the trainer then passes it
             to each step, validates with it, and keeps it in checkpoints.
     """
 
     current_epoch: int
-    global_step: int
     should_stop: bool
     ema: Average | None
 
+    @property
+    def global_step(self) -> int: ...
     @property
     def callback_metrics(self) -> Mapping[str, float]: ...
     @property
@@ -49,10 +51,6 @@ class Running(Protocol):
     def default_root_dir(self) -> Path: ...
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]: ...
-    @property
-    def max_steps(self) -> int | None: ...
-    @property
-    def max_epochs(self) -> int | None: ...
     @property
     def num_training_batches(self) -> int | None: ...
     @property
@@ -133,6 +131,29 @@ class Callback:
 
     def log_metrics(self, trainer: Running, module: Module, metrics: dict[str, float]) -> None:
         """A line of metrics is about to be written; entries of yours may be added."""
+
+
+class StepCount:
+    """Tells when an applied step is reached; asks a device that counts only when that may be so, not at each step."""
+
+    def __init__(self) -> None:
+        self.known = 0
+        self._since = 0
+
+    def start(self, trainer: Running) -> None:
+        """A run begins."""
+        self.known, self._since = trainer.global_step, 0
+
+    def tick(self) -> None:
+        """A step was taken, and was applied or not."""
+        self._since += 1
+
+    def reached(self, trainer: Running, step: int) -> bool:
+        """Whether so many steps are applied."""
+        if self.known + self._since < step:
+            return False
+        self.start(trainer)
+        return self.known >= step
 
 
 def overrides(callback: Callback, hook: str) -> bool:

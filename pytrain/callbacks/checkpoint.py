@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytrain.callbacks.base import Callback, Running
+from pytrain.callbacks.base import Callback, Running, StepCount
 from pytrain.callbacks.monitor import Mode, Monitor
 from pytrain.sealed import sync_folder
 
@@ -96,6 +96,7 @@ class ModelCheckpoint(Callback):
         self._folder: str | None = None  # that `_scores` speaks of
         self._strangers: frozenset[str] = frozenset()
         self._resumed = False
+        self._count, self._due = StepCount(), 0
 
     # ---- what it knows ----------------------------------------------------------------------------------------------
 
@@ -146,11 +147,17 @@ class ModelCheckpoint(Callback):
     def on_fit_start(self, trainer: Running, module: Module) -> None:
         self._monitor.start()
         self.dirpath = trainer.default_root_dir / "checkpoints" if self._given is None else self._given
+        self._count.start(trainer)
+        every = self.every_n_train_steps or 1
+        self._due = (trainer.global_step // every + 1) * every
         self._strangers = frozenset(path.name for path in self.dirpath.glob("*.ckpt"))
 
     def on_train_step_end(self, trainer: Running, module: Module, info: StepInfo) -> None:
-        every = self.every_n_train_steps
-        if every is not None and trainer.global_step % every == 0 and trainer.global_step > 0:
+        if self.every_n_train_steps is None:
+            return
+        self._count.tick()
+        if self._count.reached(trainer, self._due):
+            self._due += self.every_n_train_steps
             self._save(trainer)
 
     def on_validation_epoch_end(self, trainer: Running, module: Module) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from pytrain.callbacks.base import Callback, Running, say
+from pytrain.callbacks.base import Callback, Running, StepCount, say
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -145,11 +145,9 @@ class Throughput(Callback):
         if self._peak is None:
             self._peak = _peak_of(next(module.parameters()).device, trainer.config.precision)
 
-    def on_train_epoch_start(self, trainer: Running, module: Module) -> None:
+    def on_train_batch_start(self, trainer: Running, module: Module, batch: Any, batch_idx: int) -> None:
         if self._since is None:
             self._restart()
-
-    def on_train_batch_start(self, trainer: Running, module: Module, batch: Any, batch_idx: int) -> None:
         if self._counts and self._flops_per_sample is None and self._counter is None:
             from torch.utils.flop_counter import FlopCounterMode
 
@@ -266,19 +264,19 @@ class Profiler(Callback):
             "with_stack": with_stack,
         }
         self._profile: profile | None = None
-        self._begins_at = 0
+        self._count, self._begins_at = StepCount(), 0
         self.path: Path | None = None
 
     def on_fit_start(self, trainer: Running, module: Module) -> None:
         self.path = None
-
-    def on_train_epoch_start(self, trainer: Running, module: Module) -> None:
+        self._count.start(trainer)
         self._begin(trainer)
 
     def on_train_step_end(self, trainer: Running, module: Module, info: StepInfo) -> None:
+        self._count.tick()
         if self._profile is None:
             self._begin(trainer)
-        elif trainer.global_step >= self._last:
+        elif self._count.reached(trainer, self._last):
             self._end(trainer)
         else:
             self._profile.step()
@@ -292,13 +290,14 @@ class Profiler(Callback):
     def _begin(self, trainer: Running) -> None:
         if self._profile is not None or self.path is not None or trainer.global_rank not in self._ranks:
             return
-        if not self._first - 1 <= trainer.global_step < self._last:
+        count = self._count
+        if count.known >= self._last or not count.reached(trainer, self._first - 1) or count.known >= self._last:
             return
         from torch.profiler import ProfilerActivity, profile
 
         devices = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._profile = profile(activities=[ProfilerActivity.CPU, *devices], **self._options)
-        self._begins_at = trainer.global_step + 1
+        self._begins_at = self._count.known + 1
         self._profile.start()
 
     def _end(self, trainer: Running) -> None:
