@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pytrain.trainer.hooks import HOOKS, empty
-
 if TYPE_CHECKING:
     import torch
 
@@ -88,10 +86,6 @@ class Callback:
         """A line of metrics is about to be written; entries of yours may be added."""
 
 
-for _hook in HOOKS:
-    empty(getattr(Callback, _hook))
-
-
 class StepCount:
     """Tells when an applied step is reached; asks a device that counts only when that may be so, not at each step."""
 
@@ -117,13 +111,13 @@ class StepCount:
 
 def validates(trainer: Trainer) -> bool:
     """Whether the run has validations."""
-    run = trainer._run
+    run = trainer.run
     return run is not None and run.val_loader is not None and trainer.config.limit_val_batches != 0
 
 
 def train_batches(trainer: Trainer) -> Iterable[Any] | None:
     """This rank's training batches."""
-    return None if trainer._run is None else trainer._run.train_loader
+    return None if trainer.run is None else trainer.run.train_loader
 
 
 def say(trainer: Trainer, text: str) -> None:

@@ -123,7 +123,7 @@ class ModelCheckpoint(Callback):
     @property
     def state_key(self) -> str:
         when = f"every_n_train_steps={self.every_n_train_steps}, every_n_epochs={self.every_n_epochs}"
-        return f"ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r}, {when})"
+        return f"ModelCheckpoint(filename={self.filename!r}, monitor={self.monitor!r}, mode={self.mode!r}, {when})"
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from pytrain.callbacks.base import Callback
+from pytrain.callbacks.progress import PlainProgress, RichProgress, make_progress
 
 if TYPE_CHECKING:
     from pytrain.trainer import Module, Trainer
@@ -36,9 +37,7 @@ class RichProgressBar(Callback):
         self.refresh_seconds = refresh_seconds
 
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
-        from pytrain.trainer.progress import PlainProgress, RichProgress, make_progress
-
-        run = trainer._run
+        run = trainer.run
         if run is None or not trainer.is_global_zero:
             return
         if run.progress is None:

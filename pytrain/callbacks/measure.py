@@ -273,6 +273,10 @@ class Profiler(Callback):
         self._count, self._begins_at = StepCount(), 0
         self.path: Path | None = None
 
+    @property
+    def state_key(self) -> str:
+        return f"Profiler({self._first}, {self._last})"
+
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         self.path = None
         self._count.start(trainer)
