@@ -3,6 +3,7 @@
 from pytrain.callbacks.averages import EMA, StochasticWeightAveraging
 from pytrain.callbacks.base import Callback
 from pytrain.callbacks.checkpoint import ModelCheckpoint
+from pytrain.callbacks.display import RichProgressBar
 from pytrain.callbacks.measure import LearningRateMonitor, Profiler, Throughput
 from pytrain.callbacks.stopping import EarlyStopping
 
@@ -13,6 +14,7 @@ __all__ = [
     "LearningRateMonitor",
     "ModelCheckpoint",
     "Profiler",
+    "RichProgressBar",
     "StochasticWeightAveraging",
     "Throughput",
 ]

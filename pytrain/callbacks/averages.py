@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from pytrain import ema
-from pytrain.callbacks.base import Callback, Running, say
+from pytrain.callbacks.base import Callback, say, train_batches
 
 if TYPE_CHECKING:
     from pytrain.steps import StepInfo
-    from pytrain.trainer import Module
+    from pytrain.trainer import Module, Trainer
 
 
 class EMA(Callback):
@@ -40,7 +40,7 @@ class EMA(Callback):
         self.decay, self.start_step, self.every, self.copy_at_end = decay, start_step, every, copy_at_end
         self._average: ema.EMA | None = None
 
-    def setup(self, trainer: Running, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
         if stage != "fit":
             return
         if trainer.ema is not None:
@@ -48,7 +48,7 @@ class EMA(Callback):
         self._average = ema.EMA(module, self.decay, start_step=self.start_step, every=self.every)
         trainer.ema = self._average
 
-    def on_fit_end(self, trainer: Running, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
         if self.copy_at_end and self._average is not None and self._average.n_averaged:
             self._average.copy_to(module)
 
@@ -116,13 +116,15 @@ class StochasticWeightAveraging(Callback):
         self._lrs_before, self._saved = state_dict["lrs_before"], state_dict["average"]
         self._ended = state_dict["ended"]
 
-    def on_fit_start(self, trainer: Running, module: Module) -> None:
-        if isinstance(self._start, float) and trainer.max_epochs is None:
+    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+        if isinstance(self._start, float) and trainer.config.max_epochs is None:
             raise ValueError(
                 f"StochasticWeightAveraging: swa_epoch_start={self._start!r} is a share of max_epochs, which the "
                 "trainer has not; give a number of epochs, an int"
             )
-        self._first = int(self._start * (trainer.max_epochs or 0)) if isinstance(self._start, float) else self._start
+        self._first = (
+            int(self._start * (trainer.config.max_epochs or 0)) if isinstance(self._start, float) else self._start
+        )
         groups = len(_groups(trainer))
         if self._lrs is not None and len(self._lrs) not in (1, groups):
             raise ValueError(
@@ -134,27 +136,32 @@ class StochasticWeightAveraging(Callback):
             self.average.load_state_dict(self._saved)
             self._saved = None
 
-    def on_train_epoch_start(self, trainer: Running, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
         self._set_lrs(trainer)
 
-    def on_train_step_end(self, trainer: Running, module: Module, info: StepInfo) -> None:
+    def on_train_step_end(self, trainer: Trainer, module: Module, info: StepInfo) -> None:
         self._set_lrs(trainer)  # a schedule may have moved it
 
-    def on_train_epoch_end(self, trainer: Running, module: Module) -> None:
+    def log_metrics(self, trainer: Trainer, module: Module, metrics: dict[str, float]) -> None:
+        self._set_lrs(trainer)
+        if "lr" in metrics:
+            metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if trainer.current_epoch >= self._first and trainer.current_epoch > self._ended and self.average is not None:
             self.average.update()
             self._ended = trainer.current_epoch
 
-    def on_fit_end(self, trainer: Running, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
         average, self._lrs_before, self._ended = self.average, None, -1
         if average is None or not average.n_averaged:
             say(trainer, f"StochasticWeightAveraging: epoch {self._first} has no end, so nothing was averaged")
             return
         average.copy_to(module)
         if any(isinstance(part, _BatchNorm) for part in module.modules()):
-            _renew_statistics(module, trainer.train_dataloader)
+            _renew_statistics(module, train_batches(trainer))
 
-    def _set_lrs(self, trainer: Running) -> None:
+    def _set_lrs(self, trainer: Trainer) -> None:
         after = trainer.current_epoch - self._first
         if after < 0 or self._lrs is None:
             return
@@ -198,5 +205,5 @@ def _renew_statistics(module: Module, loader: Iterable[Any] | None) -> None:
         part.training = training
 
 
-def _groups(trainer: Running) -> list[dict[str, Any]]:
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

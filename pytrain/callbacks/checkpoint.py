@@ -9,13 +9,13 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytrain.callbacks.base import Callback, Running
+from pytrain.callbacks.base import Callback, StepCount
 from pytrain.callbacks.monitor import Mode, Monitor
 from pytrain.sealed import sync_folder
 
 if TYPE_CHECKING:
     from pytrain.steps import StepInfo
-    from pytrain.trainer import Module
+    from pytrain.trainer import Module, Trainer
 
 FIELD = re.compile(r"\{([^{}:]+)(:[^{}]*)?\}")
 LAST = "last.ckpt"
@@ -96,6 +96,7 @@ class ModelCheckpoint(Callback):
         self._folder: str | None = None  # that `_scores` speaks of
         self._strangers: frozenset[str] = frozenset()
         self._resumed = False
+        self._count, self._due = StepCount(), 0
 
     # ---- what it knows ----------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class ModelCheckpoint(Callback):
     @property
     def state_key(self) -> str:
         when = f"every_n_train_steps={self.every_n_train_steps}, every_n_epochs={self.every_n_epochs}"
-        return f"ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r}, {when})"
+        return f"ModelCheckpoint(filename={self.filename!r}, monitor={self.monitor!r}, mode={self.mode!r}, {when})"
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -143,37 +144,43 @@ class ModelCheckpoint(Callback):
 
     # ---- when it saves ----------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Running, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         self._monitor.start()
         self.dirpath = trainer.default_root_dir / "checkpoints" if self._given is None else self._given
+        self._count.start(trainer)
+        every = self.every_n_train_steps or 1
+        self._due = (trainer.global_step // every + 1) * every
         self._strangers = frozenset(path.name for path in self.dirpath.glob("*.ckpt"))
 
-    def on_train_step_end(self, trainer: Running, module: Module, info: StepInfo) -> None:
-        every = self.every_n_train_steps
-        if every is not None and trainer.global_step % every == 0 and trainer.global_step > 0:
+    def on_train_step_end(self, trainer: Trainer, module: Module, info: StepInfo) -> None:
+        if self.every_n_train_steps is None:
+            return
+        self._count.tick()
+        if self._count.reached(trainer, self._due):
+            self._due += self.every_n_train_steps
             self._save(trainer)
 
-    def on_validation_epoch_end(self, trainer: Running, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if self._monitor.looks_after_validation() and self._is_epoch(trainer):
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Running, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if self._monitor.looks_at_epoch_end(trainer) and self._is_epoch(trainer):
             self._save(trainer)
 
-    def on_fit_end(self, trainer: Running, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
         self._settle(trainer)
         self._resumed, self._saved_at = False, -1
 
-    def on_exception(self, trainer: Running, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
         self._resumed, self._saved_at = False, -1
 
-    def _is_epoch(self, trainer: Running) -> bool:
+    def _is_epoch(self, trainer: Trainer) -> bool:
         return self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     # ---- how it saves -----------------------------------------------------------------------------------------------
 
-    def _save(self, trainer: Running) -> None:
+    def _save(self, trainer: Trainer) -> None:
         """Save the state of this step, if it was not saved yet and is to be kept."""
         if trainer.global_step == self._saved_at:
             return
@@ -191,7 +198,7 @@ class ModelCheckpoint(Callback):
             raise
         self._settle(trainer)
 
-    def _admit(self, trainer: Running, score: float | None) -> str | None:
+    def _admit(self, trainer: Trainer, score: float | None) -> str | None:
         """The new file's name, where it is to be kept; files that have to go for it are condemned."""
         if score is None or self.save_top_k == 0:
             return None
@@ -207,7 +214,7 @@ class ModelCheckpoint(Callback):
         self._condemned = [one for one in self._condemned if one != name]
         return name
 
-    def _settle(self, trainer: Running) -> None:
+    def _settle(self, trainer: Trainer) -> None:
         """Where the newest file is on the disk: have `last.ckpt` lead to it and remove the condemned ones."""
         self._enter_folder(trainer)
         if trainer.is_global_zero and self._last and (self._condemned or self.save_last):
@@ -220,7 +227,7 @@ class ModelCheckpoint(Callback):
                 newest.with_name(name).unlink(missing_ok=True)
         self._condemned = []
 
-    def _enter_folder(self, trainer: Running) -> None:
+    def _enter_folder(self, trainer: Trainer) -> None:
         """Note the folder; forget the files that a resumed run has left in another one."""
         assert self.dirpath is not None
         folder, root = self.dirpath.absolute(), trainer.default_root_dir.absolute()
@@ -229,7 +236,7 @@ class ModelCheckpoint(Callback):
             self._scores, self._condemned, self._last, self._resumed = {}, [], "", False
         self._folder = place
 
-    def _name(self, trainer: Running) -> str:
+    def _name(self, trainer: Trainer) -> str:
         """The file's name for this moment, which no other file that is kept has, and none of another run."""
         known = {"epoch": trainer.current_epoch, "step": trainer.global_step}
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from pytrain.callbacks.base import Callback, Running, say
+from pytrain.callbacks.base import Callback, StepCount, say
 
 if TYPE_CHECKING:
     from torch.profiler import profile
     from torch.utils.flop_counter import FlopCounterMode
 
     from pytrain.steps import StepInfo
-    from pytrain.trainer import Module
+    from pytrain.trainer import Module, Trainer
 
 # Dense bf16 and fp16 matrix products with fp32 sums, in operations a second, as the makers' data sheets have them.
 PEAKS = {
@@ -64,14 +64,20 @@ class LearningRateMonitor(Callback):
         self._waiting: dict[str, float] = {}
         self._written_at = -1
 
-    def on_fit_start(self, trainer: Running, module: Module) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"waiting": self._waiting, "written_at": self._written_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._waiting, self._written_at = dict(state_dict["waiting"]), state_dict["written_at"]
+
+    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
         self._waiting, self._written_at = {}, -1
 
-    def on_train_epoch_start(self, trainer: Running, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
         if self.logging_interval == "epoch":
             self._waiting = self._read(trainer)
 
-    def log_metrics(self, trainer: Running, module: Module, metrics: dict[str, float]) -> None:
+    def log_metrics(self, trainer: Trainer, module: Module, metrics: dict[str, float]) -> None:
         if self.logging_interval == "epoch":
             metrics |= self._waiting
             self._waiting = {}
@@ -79,7 +85,7 @@ class LearningRateMonitor(Callback):
             metrics |= self._read(trainer)
             self._written_at = trainer.global_step
 
-    def _read(self, trainer: Running) -> dict[str, float]:
+    def _read(self, trainer: Trainer) -> dict[str, float]:
         found: dict[str, float] = {}
         seen: Counter[str] = Counter()
         for optimizer in trainer.optimizers:
@@ -140,23 +146,21 @@ class Throughput(Callback):
         self._pause: float | None = None
         self._done = {"samples": 0.0, "tokens": 0.0, "flops": 0.0}
 
-    def on_fit_start(self, trainer: Running, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         self._since = self._pause = self._flops_per_sample = None
         if self._peak is None:
             self._peak = _peak_of(next(module.parameters()).device, trainer.config.precision)
 
-    def on_train_epoch_start(self, trainer: Running, module: Module) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: Module, batch: Any, batch_idx: int) -> None:
         if self._since is None:
             self._restart()
-
-    def on_train_batch_start(self, trainer: Running, module: Module, batch: Any, batch_idx: int) -> None:
         if self._counts and self._flops_per_sample is None and self._counter is None:
             from torch.utils.flop_counter import FlopCounterMode
 
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()  # type: ignore[no-untyped-call]
 
-    def on_train_batch_end(self, trainer: Running, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         samples = self._samples_in(batch)
         if self._counter is not None:
             self._stop_counting()
@@ -168,19 +172,19 @@ class Throughput(Callback):
         elif self._flops is not None:
             self._done["flops"] += self._flops(batch) if callable(self._flops) else self._flops
 
-    def on_validation_epoch_start(self, trainer: Running, module: Module) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, module: Module) -> None:
         self._pause = perf_counter()
 
-    def on_validation_epoch_end(self, trainer: Running, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if self._since is not None and self._pause is not None:
             self._since += perf_counter() - self._pause
         self._pause = None
 
-    def on_exception(self, trainer: Running, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
         if self._counter is not None:
             self._stop_counting()
 
-    def log_metrics(self, trainer: Running, module: Module, metrics: dict[str, float]) -> None:
+    def log_metrics(self, trainer: Trainer, module: Module, metrics: dict[str, float]) -> None:
         if self._since is None or self._pause is not None or not self._done["samples"]:
             return
         seconds = perf_counter() - self._since
@@ -266,42 +270,47 @@ class Profiler(Callback):
             "with_stack": with_stack,
         }
         self._profile: profile | None = None
-        self._begins_at = 0
+        self._count, self._begins_at = StepCount(), 0
         self.path: Path | None = None
 
-    def on_fit_start(self, trainer: Running, module: Module) -> None:
-        self.path = None
+    @property
+    def state_key(self) -> str:
+        return f"Profiler({self._first}, {self._last})"
 
-    def on_train_epoch_start(self, trainer: Running, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+        self.path = None
+        self._count.start(trainer)
         self._begin(trainer)
 
-    def on_train_step_end(self, trainer: Running, module: Module, info: StepInfo) -> None:
+    def on_train_step_end(self, trainer: Trainer, module: Module, info: StepInfo) -> None:
+        self._count.tick()
         if self._profile is None:
             self._begin(trainer)
-        elif trainer.global_step >= self._last:
+        elif self._count.reached(trainer, self._last):
             self._end(trainer)
         else:
             self._profile.step()
 
-    def on_fit_end(self, trainer: Running, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
         self._end(trainer)
 
-    def on_exception(self, trainer: Running, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
         self._end(trainer)
 
-    def _begin(self, trainer: Running) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         if self._profile is not None or self.path is not None or trainer.global_rank not in self._ranks:
             return
-        if not self._first - 1 <= trainer.global_step < self._last:
+        count = self._count
+        if count.known >= self._last or not count.reached(trainer, self._first - 1) or count.known >= self._last:
             return
         from torch.profiler import ProfilerActivity, profile
 
         devices = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._profile = profile(activities=[ProfilerActivity.CPU, *devices], **self._options)
-        self._begins_at = trainer.global_step + 1
+        self._begins_at = self._count.known + 1
         self._profile.start()
 
-    def _end(self, trainer: Running) -> None:
+    def _end(self, trainer: Trainer) -> None:
         if self._profile is None:
             return
         running, self._profile = self._profile, None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pytrain.callbacks.base import Running
+from pytrain.callbacks.base import validates
+
+if TYPE_CHECKING:
+    from pytrain.trainer import Trainer
 
 Mode = Literal["min", "max"]
 
@@ -35,16 +38,16 @@ class Monitor:
         """A run begins."""
         self._validated = False
 
-    def looks_at_epoch_end(self, trainer: Running) -> bool:
+    def looks_at_epoch_end(self, trainer: Trainer) -> bool:
         """Whether now, at the end of a training epoch, is the time."""
-        return not trainer.enable_validation if self._at_epoch_end is None else self._at_epoch_end
+        return not validates(trainer) if self._at_epoch_end is None else self._at_epoch_end
 
     def looks_after_validation(self) -> bool:
         """Whether now, after a validation, is the time."""
         self._validated = True
         return not self._at_epoch_end
 
-    def read(self, trainer: Running, name: str | None = None) -> float | None:
+    def read(self, trainer: Trainer, name: str | None = None) -> float | None:
         """The value of the metric, or of another one; None where it may still come.
 
         Raises:
@@ -53,7 +56,7 @@ class Monitor:
         name, metrics = name or self.name, trainer.callback_metrics
         if name in metrics:
             return float(metrics[name])
-        if metrics and (self._validated or not trainer.enable_validation):
+        if metrics and (self._validated or not validates(trainer)):
             raise ValueError(
                 f"{self._owner}: {name!r} is not among the metrics {sorted(metrics)}; log it with "
                 f"self.log({name!r}, value)"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pytrain.callbacks.base import Callback, Running, say
+from pytrain.callbacks.base import Callback, say
 from pytrain.callbacks.monitor import Mode, Monitor
 
 if TYPE_CHECKING:
-    from pytrain.trainer import Module
+    from pytrain.trainer import Module, Trainer
 
 
 class EarlyStopping(Callback):
@@ -83,24 +83,24 @@ class EarlyStopping(Callback):
         self.best_score, self.stopping_reason = state_dict["best_score"], state_dict["stopping_reason"]
         self._looked_at = list(state_dict["looked_at"])
 
-    def on_fit_start(self, trainer: Running, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         self._monitor.start()
 
-    def on_fit_end(self, trainer: Running, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
         self._looked_at = [-1, -1]
 
-    def on_exception(self, trainer: Running, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
         self._looked_at = [-1, -1]
 
-    def on_validation_epoch_end(self, trainer: Running, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if self._monitor.looks_after_validation():
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: Running, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if self._monitor.looks_at_epoch_end(trainer):
             self._look(trainer)
 
-    def _look(self, trainer: Running) -> None:
+    def _look(self, trainer: Trainer) -> None:
         now = [trainer.current_epoch, trainer.global_step]
         if now == self._looked_at or not (self.strict or self.monitor in trainer.callback_metrics):
             return

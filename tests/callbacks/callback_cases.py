@@ -70,10 +70,13 @@ class SmallTrainer:
     ) -> None:
         self.default_root_dir, self.callbacks = folder, list(callbacks)
         self.train_dataloader = rows() if loader is None else loader
-        self.max_epochs, self.max_steps, self.num_training_batches = epochs, None, len(self.train_dataloader)
+        self.num_training_batches = len(self.train_dataloader)
+        self.run = SimpleNamespace(val_loader=scores, train_loader=self.train_dataloader)
         self.scores, self.skipped, self.kill_at, self.log_every = scores, skipped, kill_at, log_every
-        self.enable_validation, self.global_rank, self.is_global_zero = scores is not None, rank, rank == 0
-        self.config = SimpleNamespace(precision=precision, total_steps=lambda length: epochs * length)
+        self.global_rank, self.is_global_zero = rank, rank == 0
+        self.config = SimpleNamespace(
+            precision=precision, max_epochs=epochs, limit_val_batches=None, total_steps=lambda length: epochs * length
+        )
         self.callback_metrics: dict[str, float] = {}
         self.lines: list[dict[str, float]] = []
         self.saved: list[str] = []
@@ -124,8 +127,9 @@ class SmallTrainer:
             self.current_epoch, self.global_step, self.in_epoch = saved["epoch"], saved["step"], saved["in_epoch"]
         self.call("on_fit_start")
         try:
-            while self.current_epoch < self.max_epochs and not self.should_stop:
-                self.call("on_train_epoch_start")
+            while self.current_epoch < self.config.max_epochs and not self.should_stop:
+                if self.in_epoch == 0:
+                    self.call("on_train_epoch_start")
                 for i, batch in enumerate(self.train_dataloader):
                     if i < self.in_epoch:
                         continue

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, StepLR
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
 from pytrain import ema
-from pytrain.callbacks import EMA, Callback, ModelCheckpoint, StochasticWeightAveraging
+from pytrain.callbacks import EMA, Callback, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 
 
 class Watch(Callback):
@@ -95,6 +95,14 @@ def test_swa_is_the_mean_of_the_epochs_ends(tmp_path: Path, start: Any, first: i
         mean = torch.stack([value.double() for value in values]).mean(dim=0)
         ulp = torch.finfo(torch.float32).eps * mean.abs().max()
         assert (p.double() - mean).abs().max() <= 2 * len(values) * ulp
+
+
+def test_lines_of_metrics_have_the_rate_of_swa_and_not_of_the_schedule(tmp_path: Path) -> None:
+    """A schedule has moved the rate when a step's line is written."""
+    swa, monitor = StochasticWeightAveraging(0.25, 1, 0), LearningRateMonitor()
+    trainer = swa_run(tmp_path, swa, Net(), callbacks=[monitor], epochs=3, make_schedule=lambda o: StepLR(o, 1, 0.5))
+    found = [line["lr-AdamW"] for line in trainer.lines]
+    assert found == [0.05 * 0.5**step for step in range(1, 5)] + [0.25] * 8
 
 
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
@@ -183,6 +191,6 @@ def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
 
 def test_a_share_of_epochs_needs_their_number(tmp_path: Path) -> None:
     trainer = SmallTrainer(tmp_path, [StochasticWeightAveraging(0.1, 0.5)])
-    trainer.max_epochs = None
+    trainer.config.max_epochs = None
     with pytest.raises(ValueError, match="is a share of max_epochs, which the trainer has not"):
         trainer.fit(Net())
