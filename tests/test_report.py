@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("matplotlib", reason="the report's extra is not installed")
 import pytrain
 from pytrain.__main__ import main
+from pytrain.loggers.jsonlines import JsonLinesLogger
 from pytrain.report import figure, is_far_apart, is_noisy, plots, read_run, smoothed
-from pytrain.trainer.loggers import JsonLinesLogger
 
 
 def write(folder: Path, rows: list[dict[str, float]]) -> Path:

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import torch
 
 from pytrain.parity.record import Recorder, step_file
+from pytrain.rng import preserved_rng, seed_all
 from pytrain.sealed import read_checkpoint
-from pytrain.trainer.rng import preserved_rng, seed_all
 
 Training: TypeAlias = "str | os.PathLike[str] | Callable[[], object]"
 
