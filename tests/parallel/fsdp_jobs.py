@@ -355,7 +355,8 @@ def changes(group: Group) -> dict[str, Any]:
     found["moved by a new lr"] = step()
     saved = copy.copy(optimizer)
     found["a copy's"] = saved.backend
-    optimizer.state[first]["exp_avg"] = torch.zeros_like(first)
+    zeros = torch.zeros(first.shape, dtype=first.dtype)
+    optimizer.state[first]["exp_avg"] = distribute_tensor(zeros, first.device_mesh, [Replicate()])  # type: ignore[attr-defined]
     step()
     found["from a new state"] = whole(optimizer.state[first]["exp_avg"]).abs().max().item()
     shard = first._local_tensor  # type: ignore[attr-defined]
@@ -368,6 +369,15 @@ def changes(group: Group) -> dict[str, Any]:
     found["own again"] = [torch.equal(p, q) for p, q in zip(own, wholes(net), strict=True)]
     portable = optimizer.state_dict(portable=True)["state"][0]
     found["portable"] = {key: type(x).__name__ for key, x in portable.items()}
+    hooked, before = optim.SGD([first], lr=1.0), whole(first)
+
+    def replace(*_: object) -> None:
+        first.grad = torch.full_like(first, 0.5)
+
+    hooked.register_step_pre_hook(replace)
+    first.grad = torch.zeros_like(first)
+    pytrain.step(hooked)
+    found["by a hook's gradient"] = torch.equal(whole(first), before - 0.5)
     adopted = torch.optim.AdamW(net.parameters(), lr=0.01)
     found["fused"] = optim.fuse(adopted).backend
     return found

@@ -141,6 +141,7 @@ def test_changes_between_steps_are_noticed(pool: Pool) -> None:
     for found in pool.run(2, fsdp_jobs.changes):
         assert found["moved"] == [True] + [False] * 5 and all(found["moved by a new lr"])
         assert len(found["hooks"]) == 4 and all(found["hooks"])
+        assert found["by a hook's gradient"]
         assert found["new memory"] and not found["old memory"] and all(found["averages"]) and all(found["own again"])
         assert found["portable"] == {"step": "Tensor", "exp_avg": "DTensor", "exp_avg_sq": "DTensor"}
         assert found["fused"] == found["a copy's"]
