@@ -356,7 +356,8 @@ def changes(group: Group) -> dict[str, Any]:
     saved = copy.copy(optimizer)
     found["a copy's"] = saved.backend
     zeros = torch.zeros(first.shape, dtype=first.dtype)
-    optimizer.state[first]["exp_avg"] = distribute_tensor(zeros, first.device_mesh, [Replicate()])  # type: ignore[attr-defined]
+    mesh = first.device_mesh  # type: ignore[attr-defined]
+    optimizer.state[first]["exp_avg"] = distribute_tensor(zeros, mesh, [Replicate()])
     step()
     found["from a new state"] = whole(optimizer.state[first]["exp_avg"]).abs().max().item()
     shard = first._local_tensor  # type: ignore[attr-defined]
