@@ -34,7 +34,7 @@ class Spread:
     their number.
 
     Attributes:
-        mesh: the largest mesh of its parameters.
+        meshes: those of its parameters, in the order of these, which all ranks have.
         rows: for each param group the number of shards that most of its elements are cut into.
         others: parameters of another number, with that and the group.
 
@@ -43,7 +43,7 @@ class Spread:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.mesh: DeviceMesh | None = None
+        self.meshes: dict[DeviceMesh, None] = {}
         self.rows: list[int] = []
         self.others: list[tuple[int, int, Tensor]] = []
         for index, group in enumerate(optimizer.param_groups):
@@ -54,8 +54,7 @@ class Spread:
                 if isinstance(param, DTensor):
                     where = f"{type(optimizer).__name__}: param_groups[{index}]['params'][{i}]"
                     shards = _count_shards(param, where)
-                    if self.mesh is None or param.device_mesh.size() > self.mesh.size():
-                        self.mesh = param.device_mesh
+                    self.meshes[param.device_mesh] = None
                 sizes[shards] += param.numel()
                 counted.append((shards, index, param))
             most = max(sizes, key=lambda shards: sizes[shards], default=1)
@@ -88,11 +87,12 @@ class Meshes:
                 "step: the parameters are DTensors, which lie on a mesh of ranks already; step them without a strategy"
             )
         self.spreads = [spread or Spread(optimizer) for spread, optimizer in zip(spreads, optimizers, strict=True)]
-        meshes = [spread.mesh for spread in self.spreads if spread.mesh is not None]
+        meshes = {mesh: None for spread in self.spreads for mesh in spread.meshes}
         self.mesh = max(meshes, key=lambda mesh: mesh.size())
-        ranks = set(self.mesh.mesh.flatten().tolist())
         for mesh in meshes:
-            if not ranks.issuperset(mesh.mesh.flatten().tolist()):
+            if mesh is not self.mesh and not set(mesh.mesh.flatten().tolist()) <= set(
+                self.mesh.mesh.flatten().tolist()
+            ):
                 raise ValueError(
                     f"step: parameters lie on {mesh} and on {self.mesh}, which lacks ranks of the first; step them by "
                     "optimizers of their own"

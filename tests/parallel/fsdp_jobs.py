@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -382,6 +382,15 @@ def changes(group: Group) -> dict[str, Any]:
     adopted = torch.optim.AdamW(net.parameters(), lr=0.01)
     found["fused"] = optim.fuse(adopted).backend
     return found
+
+
+def crossed(group: Group) -> str:
+    """What is said of parameters on meshes of which neither has all ranks of the other."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), root[name], [Shard(0)])) for name in ("rows", "columns")]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return said(lambda: pytrain.step(AdamW(params)))
 
 
 def said(action: Callable[[], object]) -> str:

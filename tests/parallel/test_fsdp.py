@@ -171,6 +171,13 @@ def test_what_needs_whole_tensors_is_refused_by_name(pool: Pool) -> None:
         assert found["moved"] == str([True] + [False] * 5)  # by the step after the redistribution, of p alone
 
 
+def test_meshes_that_cross_are_named(pool: Pool) -> None:
+    for error in pool.run(4, fsdp_jobs.crossed):
+        assert (
+            error.startswith("ValueError: step: parameters lie on DeviceMesh(") and "lacks ranks of the first" in error
+        )
+
+
 def test_without_dtensors_nothing_of_them_is_loaded() -> None:
     program = (
         "import sys, torch, pytrain\n"
