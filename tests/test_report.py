@@ -21,8 +21,8 @@ def write(folder: Path, rows: list[dict[str, float]]) -> Path:
     """Write a run as the trainer does: one row a step."""
     logger = JsonLinesLogger(folder / "metrics.jsonl", keep_lines=None)
     for step, metrics in enumerate(rows, 1):
-        logger.log(epoch=step // 4, step=step, metrics=metrics)
-    logger.close()
+        logger.log_metrics(metrics, step, epoch=step // 4)
+    logger.finalize("success")
     return folder / "metrics.jsonl"
 
 

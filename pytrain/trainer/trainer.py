@@ -376,6 +376,8 @@ class Trainer:
             stopped = strategy.stop if several else self.should_stop
 
         run.inside_window = False
+        if manual is not None:
+            manual.close()  # the window that found no more batches
         self.should_stop = stopped or self.should_stop
         if self.batch_idx == 0 and not stopped:
             raise ValueError(no_batch_message("train_dataloaders", run.train_loader))

@@ -3,102 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from parity_cases import NAMES, Adversaries, batches, loop, module, network, quiet_trainer
 from torch import Tensor, nn
 
 import pytrain
 from pytrain.parity import check
-from pytrain.parity import main as parity
-from pytrain.testing import Parity, ParityError, assert_same_training
-
-NAMES = ["0.weight", "0.bias", "3.weight", "3.bias"]
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Dropout(0.25), nn.Linear(16, 3))
-
-
-def batches(count: int = 1) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(8, 5, generator=generator), torch.randn(8, 3, generator=generator)) for _ in range(count)]
-
-
-class Net(pytrain.Module):
-    def __init__(self, make_optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
-        super().__init__()
-        self.net = network()
-        self.make_optimizer, self.options = make_optimizer, options
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        return nn.functional.mse_loss(self.net(x), y)
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.parameters(), **self.options)
-
-
-def module(
-    folder: Path, *, count: int = 1, adamw: Any = torch.optim.AdamW, **settings: Any
-) -> Callable[[], tuple[Any, ...]]:
-    """What a file's `make` would be."""
-
-    def module_training() -> tuple[Any, ...]:
-        quiet = {"max_epochs": 99, "enable_progress_bar": False, "enable_checkpointing": False}
-        trainer = pytrain.Trainer(default_root_dir=folder, **quiet, **settings)
-        return Net(adamw, lr=1e-2, weight_decay=0.1), batches(count), trainer
-
-    return module_training
-
-
-def loop(
-    *,
-    count: int = 1,
-    accumulate: int = 1,
-    scale: float | None = None,
-    unscale: bool = True,
-    zero_grad: bool = True,
-    max_norm: float | None = None,
-    weight_decay: float = 0.1,
-    dropout_seed: int | None = None,
-    seed: int = 0,
-    frozen: Iterable[str] = (),
-    overflow_at: int = -1,
-    dropout: bool = True,
-) -> Callable[[], None]:
-    """An ordinary loop, with what may go wrong in it as arguments."""
-
-    def loop_training() -> None:
-        model = network(seed).train(dropout)
-        named = [(name, param) for name, param in model.named_parameters() if name not in frozen]
-        optimizer = torch.optim.AdamW([param for _, param in named], lr=1e-2, weight_decay=weight_decay)
-        scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
-        if dropout_seed is not None:
-            torch.manual_seed(dropout_seed)
-        for step in range(99):
-            if zero_grad:
-                optimizer.zero_grad()
-            for x, y in [batches(count)[(step * accumulate + i) % count] for i in range(accumulate)]:
-                loss = nn.functional.mse_loss(model(x), y) / accumulate
-                scaler.scale(loss * torch.inf if step == overflow_at else loss).backward()
-            if unscale:
-                scaler.unscale_(optimizer)
-            if max_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            if unscale:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-
-    return loop_training
-
+from pytrain.testing import Parity, assert_same_training
 
 # ---- the same training --------------------------------------------------------------------------------------------
 
@@ -170,7 +87,7 @@ def test_random_numbers_start_from_the_seed() -> None:
 
 
 def test_mixed_precision_and_its_skipped_steps_are_those_of_torchs_recipe(tmp_path: Path) -> None:
-    """The first three steps overflow fp16 at torch's and at our initial scale of 2^16, then both train on alike."""
+    """The first steps overflow fp16 at the initial scale of 2^16, torch's and ours; then both train on alike."""
     x, y = (1e2 * part for part in batches()[0])
 
     def recipe() -> None:
@@ -245,6 +162,30 @@ def test_a_closure_is_the_same_as_a_loop() -> None:
 
     outcome = assert_same_training(loop(), closure_training)
     assert outcome.steps == 10 and max(outcome.largest.values()) == 0.0 and "loss" in outcome.largest
+
+
+@pytest.mark.parametrize("precision", ["32", "fp16-mixed"])
+def test_manual_optimization_is_a_loop_of_two_optimizers(tmp_path: Path, precision: Any) -> None:
+    low = precision != "32"
+
+    def by_hand() -> None:
+        nets, scaler = (network(0), network(1)), torch.amp.GradScaler("cpu", enabled=low)
+        optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+        x, y = batches()[0]
+        for _ in range(5):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.float16, enabled=low):
+                    loss = nn.functional.mse_loss(net(x), y)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+            scaler.update()
+
+    def module_by_hand() -> tuple[Any, ...]:
+        return Adversaries(), batches(), quiet_trainer(tmp_path, precision=precision)
+
+    outcome = assert_same_training(by_hand, module_by_hand)
+    assert outcome.steps == 10 and max(outcome.largest.values()) == 0.0
 
 
 def test_two_optimizers_are_told_apart() -> None:
@@ -392,179 +333,3 @@ def test_one_element_in_a_thousand_is_found_and_a_nan_too() -> None:
     turned = check(training(spoil), plain, steps=1, seed=0, tolerance=1.0).first
     assert turned is not None and turned.relative == float("inf")
     assert check(training(spoil), training(spoil), steps=1, seed=0, tolerance=0.0).same
-
-
-# ---- names --------------------------------------------------------------------------------------------------------
-
-
-def renamed(rename: Callable[[nn.Sequential], nn.Module], steps: int = 4) -> Callable[[], None]:
-    def renamed_training() -> None:
-        model = rename(network())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            x, y = batches()[0]
-            nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-
-    return renamed_training
-
-
-class Wrapped(nn.Module):
-    """The network's modules in another module, under other names."""
-
-    def __init__(self, net: nn.Sequential, names: list[str]) -> None:
-        super().__init__()
-        for name, child in zip(names, net, strict=True):
-            self.add_module(name, child)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for child in self.children():
-            x = child(x)
-        return x
-
-
-def test_names_with_a_prefix_are_matched_by_name() -> None:
-    class Outer(nn.Module):
-        def __init__(self, net: nn.Sequential) -> None:
-            super().__init__()
-            self.body = nn.ModuleDict({"0": net[0], "1": net[1], "2": net[2], "3": net[3]})
-            self.extra = nn.Linear(1, 1).requires_grad_(False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for child in self.body.values():
-                x = child(x)
-            return x + 0 * self.extra(x[:, :1])
-
-    # `extra`, which is stepped too (without a gradient), has the outer module chosen for the names
-    bare, outer = renamed(lambda net: net), renamed(Outer)
-    for one, other, which in ((bare, outer, "second"), (outer, bare, "first")):
-        outcome = check(one, other, steps=4, seed=0, tolerance=0.0)
-        lacks = f"only renamed_training ({which}) has, in its optimizer 0, extra."
-        assert outcome.problems == [f"{lacks}weight of shape (1, 1)", f"{lacks}bias of shape (1,)"]
-        assert not outcome.matched
-
-
-def test_other_names_are_matched_by_order_and_said() -> None:
-    other = renamed(lambda net: Wrapped(net, ["first", "act", "drop", "last"]))
-    outcome = assert_same_training(renamed(lambda net: net), other, steps=4)
-    assert "4 parameters matched by order and shape, 0.weight with first.weight the first" in str(outcome)
-
-
-# ---- files and the command ----------------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import torch
-from helper import network, x, y
-
-def main():
-    rate = float(sys.argv[1]) if len(sys.argv) > 1 else 0.01
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    while True:
-        try:
-            optimizer.zero_grad()
-            torch.nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-        except Exception:
-            pass
-
-if __name__ == "__main__":
-    main()
-"""
-HELPER = """
-import torch
-
-def network():
-    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 3))
-
-x, y = torch.ones(2, 5), torch.ones(2, 3)
-"""
-MODULE = """
-import torch
-import pytrain
-from helper import network, x, y
-
-class Net(pytrain.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = network()
-
-    def training_step(self, batch, batch_idx):
-        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-def make():
-    return Net(), [(x, y)]
-"""
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    (tmp_path / "helper.py").write_text(HELPER)
-    (tmp_path / "loop.py").write_text(SCRIPT)
-    (tmp_path / "module.py").write_text(MODULE)
-    return tmp_path
-
-
-def test_a_script_and_a_module_file_are_the_same(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parity([str(files / "loop.py"), str(files / "module.py"), "--steps", "3"]) == 0
-    assert "3 steps: loss, gradients and parameters are equal bit for bit" in capsys.readouterr().out
-    assert sorted(path.name for path in files.iterdir() if path.suffix) == ["helper.py", "loop.py", "module.py"]
-
-
-def test_a_script_with_other_arguments_is_found(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parity([f"{files / 'loop.py'} 0.02", str(files / "module.py"), "--steps", "3"]) == 1
-    out = capsys.readouterr().out
-    assert "step 1, parameter of 0.weight" in out and "lr of its param group is 0.02 in" in out
-
-
-def test_a_file_that_fails_or_never_steps_is_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (files / "broken.py").write_text("print('so far')\nraise KeyError('weights')\n")
-    (files / "idle.py").write_text("import torch\n")
-    for name, expected in (
-        ("broken.py", r"broken.py: ended with exit status 1; its last lines:\n  so far"),
-        ("idle.py", "idle.py: no optimizer step was made"),
-        ("missing.py", "missing.py: expected a Python file"),
-    ):
-        assert parity([str(files / name), str(files / "module.py")]) == 2
-        assert expected.replace(r"\n", "\n") in capsys.readouterr().err
-
-
-def test_different_numbers_of_steps_are_a_difference() -> None:
-    four, two = renamed(lambda net: net), renamed(lambda net: net, steps=2)
-    assert check(two, two, steps=4, seed=0, tolerance=0.0).same
-    with pytest.raises(AssertionError, match=r"\(first\) made 2 steps, renamed_training \(second\) made 4"):
-        assert_same_training(two, four, steps=4)
-
-
-@pytest.mark.parametrize(("arguments", "named"), [({"steps": 0}, "steps"), ({"tolerance": -1.0}, "tolerance")])
-def test_arguments_out_of_range_are_named(arguments: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named}: expected"):
-        assert_same_training(loop(), loop(), **arguments)
-
-
-def test_a_step_in_backward_is_refused() -> None:
-    def released() -> None:
-        model = network()
-        optimizer = pytrain.optim.SGD(model.parameters(), lr=0.1, step_in_backward=True)
-        model(batches()[0][0]).sum().backward()
-        optimizer.step()
-
-    with pytest.raises(ValueError, match="step_in_backward"):
-        assert_same_training(released, released)
-
-
-def test_nothing_stays_hooked_and_random_states_are_kept() -> None:
-    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-    before = torch.get_rng_state(), torch.autograd.backward, pytrain.steps.take, torch.amp.GradScaler.scale
-    assert_same_training(loop(), loop(), steps=2)
-    with pytest.raises(ParityError, match="no optimizer step"):
-        assert_same_training(lambda: None, loop())
-    after = torch.get_rng_state(), torch.autograd.backward, pytrain.steps.take, torch.amp.GradScaler.scale
-    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
-    assert not _global_optimizer_pre_hooks and not _global_optimizer_post_hooks
