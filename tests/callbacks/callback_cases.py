@@ -124,7 +124,8 @@ class SmallTrainer:
             if self.ema is not None:
                 self.ema.load_state_dict(saved["ema"])
             for callback in self.callbacks:
-                callback.load_state_dict(saved["callbacks"][callback.state_key])
+                if callback.state_key in saved["callbacks"]:
+                    callback.load_state_dict(saved["callbacks"][callback.state_key])
             self.current_epoch, self.global_step, self.in_epoch = saved["epoch"], saved["step"], saved["in_epoch"]
         self.call("on_fit_start")
         try:

@@ -255,7 +255,10 @@ def test_a_resumed_run_in_another_folder_leaves_the_files_there(tmp_path: Path) 
     (tmp_path / "there" / "epoch=0.ckpt").write_text("another run's")
     moved = ModelCheckpoint(tmp_path / "there", filename="{epoch}")
     run(tmp_path / "a", moved, epochs=2, ckpt_path=tmp_path / "here" / "epoch=0.ckpt")
-    assert names(tmp_path / "here") == ["epoch=0.ckpt"] and names(tmp_path / "there") == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    assert names(tmp_path / "here") == ["epoch=0.ckpt"] and names(tmp_path / "there") == [
+        "epoch=0.ckpt",
+        "epoch=1.ckpt",
+    ]
     assert list(moved.best_k_models) == [str(tmp_path / "there" / "epoch=1.ckpt")]
 
 
