@@ -48,14 +48,19 @@ class Monitor:
         return not self._at_epoch_end
 
     def read(self, trainer: Trainer, name: str | None = None) -> float | None:
-        """The value of the metric, or of another one; None where it may still come.
+        """The value of the metric, or of another one, as rank 0 has it; None where it may still come.
+
+        All ranks must call this.
 
         Raises:
             ValueError: there are metrics, and it is not and will not be among them.
         """
         name, metrics = name or self.name, trainer.callback_metrics
-        if name in metrics:
-            return float(metrics[name])
+        value = metrics.get(name)
+        if trainer.run is not None:  # a training metric may be another on each rank
+            value = trainer.run.team.gather(value)[0]
+        if value is not None:
+            return float(value)
         if metrics and (self._validated or not validates(trainer)):
             raise ValueError(
                 f"{self._owner}: {name!r} is not among the metrics {sorted(metrics)}; log it with "

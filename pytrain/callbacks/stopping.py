@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class EarlyStopping(Callback):
     """Sets `trainer.should_stop` when a metric has not improved for some time, and says why.
 
-    All ranks decide alike, because the metric is the same on all of them.
+    All ranks decide alike, by rank 0's value.
 
     Args:
         monitor: the metric's name.
@@ -102,7 +102,7 @@ class EarlyStopping(Callback):
 
     def _look(self, trainer: Trainer) -> None:
         now = [trainer.current_epoch, trainer.global_step]
-        if now == self._looked_at or not (self.strict or self.monitor in trainer.callback_metrics):
+        if now == self._looked_at or (not self.strict and self.monitor not in trainer.callback_metrics):
             return
         value = self._monitor.read(trainer)
         if value is None:

@@ -71,7 +71,8 @@ class SmallTrainer:
         self.default_root_dir, self.callbacks = folder, list(callbacks)
         self.train_dataloader = rows() if loader is None else loader
         self.num_training_batches = len(self.train_dataloader)
-        self.run = SimpleNamespace(val_loader=scores, train_loader=self.train_dataloader)
+        alone = SimpleNamespace(gather=lambda value: [value])
+        self.run = SimpleNamespace(val_loader=scores, train_loader=self.train_dataloader, team=alone)
         self.scores, self.skipped, self.kill_at, self.log_every = scores, skipped, kill_at, log_every
         self.global_rank, self.is_global_zero = rank, rank == 0
         self.config = SimpleNamespace(
@@ -123,7 +124,8 @@ class SmallTrainer:
             if self.ema is not None:
                 self.ema.load_state_dict(saved["ema"])
             for callback in self.callbacks:
-                callback.load_state_dict(saved["callbacks"][callback.state_key])
+                if callback.state_key in saved["callbacks"]:
+                    callback.load_state_dict(saved["callbacks"][callback.state_key])
             self.current_epoch, self.global_step, self.in_epoch = saved["epoch"], saved["step"], saved["in_epoch"]
         self.call("on_fit_start")
         try:

@@ -127,7 +127,15 @@ def test_last_leads_to_the_newest_state_and_outlives_the_file_that_it_led_to(tmp
     assert [link for _, link, _ in states] == ([True, False, True, False] if save_last == "link" else [False] * 4)
     assert [kept for _, _, kept in states] == [[f"epoch={best}.ckpt", "last.ckpt"] for best in (0, 0, 2, 2)]
     assert checkpoint.last_model_path == str(folder / "last.ckpt")
+    assert not list(folder.glob(".*"))  # nothing half done
     assert checkpoint.best_model_path == str(folder / "epoch=2.ckpt")
+
+
+def test_last_stays_a_second_name_of_the_newest_file(tmp_path: Path) -> None:
+    run(tmp_path, ModelCheckpoint(save_last=True))
+    folder = tmp_path / "checkpoints"
+    assert (folder / "last.ckpt").samefile(folder / "epoch=2-step=12.ckpt")
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch=2-step=12.ckpt", "last.ckpt"]
 
 
 def test_last_is_copied_where_the_disk_has_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +251,14 @@ def test_a_new_run_leaves_the_files_of_another_alone_and_a_resumed_one_writes_ov
 
 def test_a_resumed_run_in_another_folder_leaves_the_files_there(tmp_path: Path) -> None:
     run(tmp_path / "a", ModelCheckpoint(tmp_path / "here", filename="{epoch}"), epochs=1)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "epoch=0.ckpt").write_text("another run's")
     moved = ModelCheckpoint(tmp_path / "there", filename="{epoch}")
     run(tmp_path / "a", moved, epochs=2, ckpt_path=tmp_path / "here" / "epoch=0.ckpt")
-    assert names(tmp_path / "here") == ["epoch=0.ckpt"] and names(tmp_path / "there") == ["epoch=1.ckpt"]
+    assert names(tmp_path / "here") == ["epoch=0.ckpt"] and names(tmp_path / "there") == [
+        "epoch=0.ckpt",
+        "epoch=1.ckpt",
+    ]
     assert list(moved.best_k_models) == [str(tmp_path / "there" / "epoch=1.ckpt")]
 
 
