@@ -185,7 +185,9 @@ def lightning(clock: Clock, folder: Path, frames: Frames) -> nn.Module:
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return watched(torch.optim.AdamW, "pytorch_lightning", frames)(self.parameters(), lr=LR, fused=True)  # type: ignore[call-arg]
+            kind: Any = watched(torch.optim.AdamW, "pytorch_lightning", frames)
+            optimizer: torch.optim.Optimizer = kind(self.parameters(), lr=LR, fused=True)
+            return optimizer
 
     module = Theirs()
     trainer = pl.Trainer(

@@ -206,7 +206,7 @@ class CheckpointFolder:
 
     def adopt(self, path: Path) -> None:
         """Count `path`, where it lies in this folder, as the newest of this run; remove the oldest beyond `keep`."""
-        if path.parent.resolve() != self._folder.resolve():
+        if path.parent.resolve() != self._folder.resolve() or not path.name.startswith("step-"):
             return
         self._own = [own for own in self._own if own != path] + [path]
         while self._keep is not None and len(self._own) > self._keep:

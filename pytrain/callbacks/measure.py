@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pytrain.callbacks.base import Callback, StepCount, say
+from pytrain.loggers.metrics import batch_size_of
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -207,9 +208,7 @@ class Throughput(Callback):
     def _samples_in(self, batch: Any) -> int:
         if self._batch_size is not None:
             return self._batch_size(batch)
-        from pytrain.trainer.data import batch_size
-
-        return batch_size(batch)
+        return batch_size_of(batch)
 
     def _tokens_in(self, batch: Any) -> int:
         if self._tokens is not None:

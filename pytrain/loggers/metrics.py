@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from pytrain.launch import Team
-from pytrain.trainer.data import batch_size as size_of
 
 RESERVED_METRICS = ("step", "epoch", "nonfinite")
 Options: TypeAlias = "tuple[bool, bool, bool | None, bool | None, bool]"  # bar, logger, on_step, on_epoch, sync_dist
@@ -58,7 +57,7 @@ class MetricLog:
             return
         on_step, on_epoch = options[2], options[3]
         if on_epoch and self.training:
-            weight = size_of(self.batch) if batch_size is None else batch_size
+            weight = batch_size_of(self.batch) if batch_size is None else batch_size
             total, weights = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value * weight, weights + weight)
         if not self.training or (not on_epoch if on_step is None else on_step):
@@ -67,7 +66,7 @@ class MetricLog:
     def take(self) -> tuple[dict[str, Tensor | float], int]:
         """Return what was logged since the last call and what it weighs, and forget it."""
         found, self.step = self.step, {}
-        size, self.size = size_of(self.batch) if self.size is None else self.size, None
+        size, self.size = batch_size_of(self.batch) if self.size is None else self.size, None
         return found, size
 
     def shown(self) -> dict[str, float]:
@@ -110,3 +109,16 @@ class MetricLog:
             for name, value in metrics.items()
             if name not in hidden and name.removesuffix("_step").removesuffix("_epoch") not in hidden
         }
+
+
+def batch_size_of(batch: Any) -> int:
+    """Return the first dimension of the first tensor in the batch that has one; 1 where there is none."""
+    found = _first_dimension(batch)
+    return 1 if found is None else found
+
+
+def _first_dimension(batch: Any) -> int | None:
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() > 0 else None
+    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for size in map(_first_dimension, items) if size is not None), None)

@@ -104,12 +104,11 @@ class TrainerConfig:
         own = {each.name: settings[each.name] for each in fields(TrainerConfig)}
         callbacks, precision = own["callbacks"], own["precision"]
         several = isinstance(callbacks, (list, tuple))
-        own["callbacks"] = tuple(callbacks) if several else () if callbacks is None else (callbacks,)
+        listed = list(callbacks) if several else [] if callbacks is None else [callbacks]
+        own["callbacks"] = tuple(sorted(listed, key=lambda each: hasattr(each, "dirpath")))  # what saves comes last
         own["precision"] = ALIASES.get(precision, precision) if isinstance(precision, (str, int)) else precision
-        own["max_steps"] = None if own["max_steps"] == -1 else own["max_steps"]  # as Lightning says "no limit"
-        own["max_epochs"] = None if own["max_epochs"] == -1 else own["max_epochs"]
-        own["default_root_dir"] = Path(own["default_root_dir"])
-        own["max_time"] = seconds_of(own["max_time"])
+        own |= {name: None for name in ("max_steps", "max_epochs") if own[name] == -1}  # as Lightning says "no limit"
+        own["default_root_dir"], own["max_time"] = Path(own["default_root_dir"]), seconds_of(own["max_time"])
         config = TrainerConfig(**own)
         few = config.fast_dev_run
         if not few:

@@ -185,19 +185,6 @@ def no_batch_message(argument: str, loader: Iterable[Any]) -> str:
     return f"{argument} gave no batch: expected at least one, the {type(loader).__name__} is empty"
 
 
-def batch_size(batch: Any) -> int:
-    """Return the first dimension of the first tensor in the batch that has one; 1 where there is none."""
-    found = _first_dimension(batch)
-    return 1 if found is None else found
-
-
-def _first_dimension(batch: Any) -> int | None:
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() > 0 else None
-    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for size in map(_first_dimension, items) if size is not None), None)
-
-
 def check_loader(name: str, loader: Any) -> None:
     """Raise TypeError where a loader gives no batches."""
     if not hasattr(loader, "__iter__"):

@@ -56,7 +56,7 @@ class Run:
     Attributes:
         length: batches an epoch; None: unknown.
         seldom: a schedule that advances at every so-manieth step only, which the trainer counts.
-        loss, step: of the window just done.
+        loss, total, step: of the window just done: the sum of the weighted losses, and of the weights.
         validated_at: epoch and batch of the last validation.
 
     Raises:
@@ -109,6 +109,7 @@ class Run:
         if not module.training:
             module.train()
         self.skipped_in_a_row = 0
+        self.validated_at: tuple[int, int] | None = None
         self.epoch_rng: dict[str, Any] | None = None
         self._resume_rng: dict[str, Any] | None = None
         self._resume_loader: dict[str, Any] | None = None
@@ -126,8 +127,7 @@ class Run:
         self.started = perf_counter()
         self.batches: Iterator[tuple[Any, bool]] = iter(())
         self.inside_window = False
-        self.validated_at: tuple[int, int] | None = None
-        self.log, self.loss = module._logged, torch.zeros(())
+        self.log, self.loss, self.total = module._logged, torch.zeros(()), 1.0
         self.step: StepInfo | None = None
         self.seldom: LRScheduler | None = None
         self._last_rng: list[Any] | None = None
@@ -144,6 +144,10 @@ class Run:
         if interval is None or self.val_loader is None:
             return None
         return max(1, take_of("val_check_interval", interval, self.length) or 1)
+
+    def mean_loss(self) -> float:
+        """Of the window just done; waits for the device."""
+        return self.loss.item() / self.total
 
     def step_options(self) -> dict[str, Any]:
         """The options of every `pytrain.step`; where somebody looks at the gradients, also see to that."""
@@ -279,7 +283,7 @@ class Run:
             if state is not None and hasattr(each, "load_state_dict"):
                 each.load_state_dict(state)
         self.hooks.call("on_load_checkpoint", saved)
-        self.skipped_in_a_row = saved["skipped_in_a_row"]
+        self.skipped_in_a_row, self.validated_at = saved["skipped_in_a_row"], saved["validated_at"]
         if saved["hiddens"] is not None:
             self._time = InTime()
             self._time.hiddens = saved["hiddens"]
@@ -291,6 +295,9 @@ class Run:
         if self.inside_window:
             raise RuntimeError("a checkpoint can only be taken between optimizer steps, and one is under way")
         trainer = self.trainer
+        for logger in self.loggers:
+            if hasattr(logger, "save"):
+                logger.save()
         self.strategy.send_buffers()
         states = self.random_states()
         state = {
@@ -315,6 +322,7 @@ class Run:
             "epoch_rng": [start for _, start, _ in states],
             "loader": [loader for _, _, loader in states],
             "data_seed": self.data_seed,
+            "validated_at": self.validated_at,
         }
         self.hooks.call("on_save_checkpoint", state)
         return state

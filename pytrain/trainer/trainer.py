@@ -327,19 +327,23 @@ class Trainer:
         accumulate = 1 if manual is not None else self.config.accumulate_in(self.current_epoch)
         weighs, optimizer, several = strategy.weight, run.setups[0].optimizer, run.team.ranks is not None
         training_step, options = run.training_step(), run.step_options()
+        own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
         run.open_batches(accumulate)
         first, micro, loss, stopped = self.batch_idx, 1, run.loss, False
-        if first == 0:
-            run.hooks.call("on_train_epoch_start")
+        run.hooks.call("on_train_epoch_start")
 
         while self._steps != max_steps and not stopped:
             # One window: the gradients of up to `accumulate` micro-batches, summed up, with the last also over ranks.
             run.inside_window = True
             micro, total = 0, 0.0
-            if manual is None:
-                optimizer.zero_grad(set_to_none=True)
-            else:
+            if manual is not None:
                 manual.open()
+            elif own_zero_grad:
+                optimizer.zero_grad(set_to_none=True)
+            else:  # torch's, without what it costs
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        p.grad = None
             for batch, last in islice(run.batches, accumulate):
                 for hook in starts:
                     hook(batch, self.batch_idx + micro)
@@ -372,7 +376,7 @@ class Trainer:
                 step = manual.close()
             self.batch_idx += micro
             run.inside_window = False
-            self._after_step(run, step, loss / total, micro)
+            self._after_step(run, step, loss, total, micro)
             stopped = strategy.stop if several else self.should_stop
 
         run.inside_window = False
@@ -382,14 +386,14 @@ class Trainer:
         if self.batch_idx == 0 and not stopped:
             raise ValueError(no_batch_message("train_dataloaders", run.train_loader))
         if self.batch_idx > first:
+            self._draw(run)
             if self.global_step % self.config.log_every_n_steps != 0:
                 self._log(run)
-            self._draw(run)
         return micro == 0 or self.batch_idx == run.length
 
-    def _after_step(self, run: Run, step: StepInfo | None, loss: Tensor, micro: int) -> None:
+    def _after_step(self, run: Run, step: StepInfo | None, loss: Tensor, total: float, micro: int) -> None:
         """Count a step of `micro` batches, and do what is due after it: metrics, validation, hooks, a checkpoint."""
-        config, run.loss, run.step = self.config, loss, step
+        config, run.loss, run.total, run.step = self.config, loss, total, step
         applied = False
         if step is not None and run.remote:
             applied = self._ask_later(run, step)
@@ -448,7 +452,7 @@ class Trainer:
 
     def _draw(self, run: Run) -> None:
         if run.progress is not None:
-            metrics = {"loss": run.loss.item(), **run.log.shown()}
+            metrics = {"loss": run.mean_loss(), **run.log.shown()}
             run.progress.draw(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
 
     def _log(self, run: Run) -> None:
@@ -456,7 +460,7 @@ class Trainer:
 
         The loss and what asks for it are means over the ranks, all else rank 0's.
         """
-        step, logged = run.step, run.log.read(run.team, run.loss.item())
+        step, logged = run.step, run.log.read(run.team, run.mean_loss())
         metrics = {"loss": logged.pop("loss"), "lr": float(run.setups[0].optimizer.param_groups[0]["lr"])}
         if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
             metrics["grad_norm"] = step.grad_norm.item()
