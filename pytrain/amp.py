@@ -26,6 +26,7 @@ from pytrain.control import (
     update_scaler,
 )
 from pytrain.optim.plan import FOUND_INF, Besides, Between
+from pytrain.optim.storage import cut_of
 from pytrain.parts import agreement, blank_control, part_of
 
 Outputs = TypeVar("Outputs", bound="Tensor | Iterable[Any]")
@@ -462,13 +463,15 @@ def _found(stage: Stage) -> Tensor:
 
 def name_of(optimizer: Optimizer, number: int) -> str:
     """A parameter's place in an optimizer, its name where the optimizer knows it, and its shape."""
+    first = 0  # the number of the group's first parameter; names are there for those too of which others have parts
     for index, group in enumerate(optimizer.param_groups):
-        if number < len(group["params"]):
-            names = group.get("param_names")
-            called = f" ({names[number]})" if names else ""
-            place = f"{type(optimizer).__name__}: param_groups[{index}]['params'][{number}]{called}"
-            return f"{place}, of shape {tuple(group['params'][number].shape)}"
-        number -= len(group["params"])
+        names = group.get("param_names")
+        for k, param in enumerate(group["params"]):
+            if cut_of(param, first + k).number == number:
+                called = f" ({names[number - first]})" if names else ""
+                place = f"{type(optimizer).__name__}: param_groups[{index}]['params'][{k}]{called}"
+                return f"{place}, of shape {tuple(param.shape)}"
+        first += len(names or group["params"])
     return f"{type(optimizer).__name__}: an unknown parameter"
 
 

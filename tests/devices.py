@@ -117,7 +117,8 @@ class SecondDevice(TorchFunctionMode):
     """
 
     BETWEEN = {"copy_", "_foreach_copy_"} | {  # of pytrain's ops, those that are given numbers of the host too
-        f"{name}.default" for name in ("_upload", "_copy", "_table_step", "_table_step_pairs")
+        f"{name}.default"
+        for name in ("_upload", "_copy", "_table_step", "_table_step_pairs", "_table_launch", "_table_launch_pairs")
     }
     TO_NUMPY = {"numpy", "__array__", "__dlpack__"}
 

@@ -5,11 +5,12 @@
 
 #include <cstdint>
 
+#include "core/segment.h"
 #include "rules/rule.h"
 
 namespace pytrain::PT_ISA::core {
 
-constexpr int64_t random_tile = 512;  // elements that share a call of the generator
+using pytrain::core::random_tile;
 
 PT_HD void philox(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {

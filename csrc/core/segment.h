@@ -13,6 +13,7 @@ constexpr int max_sums = 2;
 // `i16` is the low half of a master.
 enum class Format : int { none = -1, fp32, fp64, bf16, fp16, s8, u8, i16 };
 constexpr int64_t code_block = 256;
+constexpr int64_t random_tile = 512;  // elements that share a call of the generator of random numbers
 
 constexpr int64_t bytes(Format format) {
   return format == Format::fp64 ? 8 : format == Format::fp32 ? 4 : format == Format::s8 || format == Format::u8 ? 1 : 2;
@@ -57,7 +58,9 @@ struct Extra {
   float* scales[max_states];     // of states in 8-bit codes
   double scalars[max_scalars];   // as they were before this step
   double sums[max_sums];         // over the whole segment, once they are taken
-  int64_t index;                 // which parameter this is to the random numbers
+  int64_t index;                 // which parameter this is, or is a part of, to the random numbers
+  int64_t begin;                 // the element of that parameter that the segment begins with
+  int64_t whole;                 // how many elements it has
 };
 
 }  // namespace pytrain::core

@@ -29,7 +29,8 @@ struct Chance {
 
   void begin(const Place& at, int64_t first) {
     if (!at.storage.stochastic) return;
-    const core::RandomTile keys(at.storage.seed, at.extra->index, at.segment.step, first / tile);
+    const core::RandomTile keys(at.storage.seed, at.extra->index, at.segment.step,
+                                (at.extra->begin + first) / tile);
     random_tile(keys.keys[0], own);
     key = keys.keys[1];
   }
@@ -384,7 +385,7 @@ void step(const Job& job, int64_t begin, int64_t end) {
   walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
     call_next(job, i);
     rule.be_for(job, i);
-    if (job.rule->sums) job.rule->settle(rule.memory, job.extras[i].sums, static_cast<double>(job.segments[i].numel));
+    if (job.rule->sums) job.rule->settle(rule.memory, job.extras[i].sums, static_cast<double>(job.extras[i].whole));
     step_part(part_of(job, i), rule.memory, first, n);
   });
 }

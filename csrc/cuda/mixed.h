@@ -75,10 +75,11 @@ struct Mixed {
     PT_DEVICE Chance(const Part& part, const Place& at) : keys{}, first(0) {
       if (!part.job.storage.stochastic) return;
       constexpr int64_t tile = codec::random_tile;
-      const codec::RandomTile all(part.job.storage.seed, part.item.extra.index, part.t, at.first / tile);
+      const int64_t place = part.item.extra.begin + at.first;
+      const codec::RandomTile all(part.job.storage.seed, part.item.extra.index, part.t, place / tile);
       keys[0] = all.keys[0];
       keys[1] = all.keys[1];
-      first = static_cast<uint32_t>(at.first % tile);
+      first = static_cast<uint32_t>(place % tile);
     }
     PT_DEVICE uint32_t bits(int i) const {
       constexpr uint32_t half = codec::random_tile / 2;

@@ -67,7 +67,7 @@ struct Turn {
     }
     if constexpr (rules::sum_count<Rule>() > 0) {
       if (settled) {
-        rule->settle(part.job.totals + index * core::max_sums, static_cast<double>(part.item.memory.numel));
+        rule->settle(part.job.totals + index * core::max_sums, static_cast<double>(part.item.extra.whole));
       }
     }
   }

@@ -213,7 +213,11 @@ void run_on_device(Queue& queue, DeviceTable& table, std::vector<Item>& items, c
     if (launches == Launches::stats) return queue.check(backend.stats(job, *step.then, width, stream), "pass 1");
     job.moved = step.moved;
     if (!step.serial) job.scaler = step.scaler;
-    if (step.measures) queue.check(backend.step(kind, step.rule, true, job, width, stream), "sums");
+    if (step.sums) job.totals = step.sums;
+    if (step.measures && (launches == Launches::sums || !step.sums)) {
+      queue.check(backend.step(kind, step.rule, true, job, width, stream), "sums");
+    }
+    if (launches == Launches::sums) return;
     if (!step.serial) return queue.check(backend.step(kind, step.rule, false, job, width, stream), "step");
     for (size_t i = 0; i < items.size(); ++i) {
       job.first_item = static_cast<int64_t>(i);

@@ -108,8 +108,9 @@ struct DeviceStep {
   const cuda::Settle* then;  // what pass 1 settles
   core::Scaler* scaler;      // what the last launch of an update moves; null: nothing
   const core::Scaler* moved;
+  double* sums;              // where the rule's sums stand between two calls; null: one call takes them and updates
 };
-enum class Launches { stats, update };
+enum class Launches { stats, sums, update };
 void run_on_device(Queue& queue, DeviceTable& table, std::vector<cuda::Item>& items, const DeviceStep& step,
                    Launches launches);
 

@@ -75,6 +75,8 @@ Table::Misfit Table::fit_beside(int64_t k, int64_t row, const View& param) {
 Table::Misfit Table::fit_extra(int64_t k, int64_t row, const View& param) {
   core::Extra& extra = extras_[k];
   extra.index = numbers_[k];
+  extra.begin = kept_.parts.empty() ? 0 : kept_.parts[row * part_words + 1];
+  extra.whole = kept_.parts.empty() ? param.numel : kept_.parts[row * part_words + 2];
   if (storage_.keep != core::Keep::nothing) {
     extra.kept = beside(kept_.kept[row].get(), kept_as(storage_.keep, param.format), param);
     if (!extra.kept && param.numel) return Misfit::kept;
@@ -103,7 +105,7 @@ Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair) {
   const View &p = pair.param, &g = pair.grad;
   Segment& segment = segments_[k];
   staging_[k] = 0;
-  numbers_[k] = kept_.indices.empty() ? row : kept_.indices[row];
+  numbers_[k] = kept_.parts.empty() ? row : kept_.parts[row * part_words];
   if (!p.usable || p.device != device_) return Misfit::param_kind;
   if (p.format != storage_.param) return Misfit::param_format;
   if (!g.usable || g.device != device_) return Misfit::grad_kind;

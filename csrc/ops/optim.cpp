@@ -134,15 +134,16 @@ core::Storage storage_from(const std::vector<int64_t>& words) {
 }
 
 // _table(str rule, Tensor[] states, Tensor[] scales, Tensor[] kept, Tensor[] emas, Tensor[] scalars, Tensor[] steps,
-//        int[] groups, int[] indices, int[] storage) -> int
+//        Tensor[] sums, int[] groups, int[] parts, int[] storage) -> int
 void make_table(StableIValue* stack, uint64_t, uint64_t) {
   const auto name = to<std::string>(stack[0]);
   Kept kept;
-  std::vector<Handle>* const lists[] = {&kept.states, &kept.scales, &kept.kept, &kept.emas, &kept.scalars, &kept.steps};
+  std::vector<Handle>* const lists[] = {&kept.states, &kept.scales, &kept.kept, &kept.emas, &kept.scalars, &kept.steps,
+                                      &kept.sums};
   int at = 1;
   for (std::vector<Handle>* const list : lists) *list = handles(TensorList(stack[at++]));
   kept.groups = to<std::vector<int64_t>>(stack[at++]);
-  kept.indices = to<std::vector<int64_t>>(stack[at++]);
+  kept.parts = to<std::vector<int64_t>>(stack[at++]);
   const auto words = to<std::vector<int64_t>>(stack[at++]);
   const core::Storage storage = storage_from(words);
   const auto& rules = all_rules();
@@ -179,7 +180,7 @@ void table_captured(StableIValue* stack, uint64_t, uint64_t) {
 
 Table::Mode mode_from(int64_t number, bool folds) {
   STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Table::Mode::write_fitted), "_table_step: mode is ",
-                  number, ", expected 0 to 4");
+                  number, ", expected 0 to 5");
   const auto mode = static_cast<Table::Mode>(number);
   STD_TORCH_CHECK(folds || mode != Table::Mode::settle, "_table_step: mode is 2, which _table_launch has");
   return mode;
@@ -201,7 +202,7 @@ Controls controls_from(const Handle& block, const Handle& given, bool fresh, con
 
 // What the launches of this call do besides, from four arguments. Mode 2 settles: the loss scale (one fp32; none where
 // nothing has scaled) or the state of a scaler that is to move; the rows' clip groups and the max_norms, as _control
-// has them; that scaler's policy. Modes 3 and 4 move it: its state, and nothing.
+// has them; that scaler's policy. Modes 4 and 5 move it: its state, and nothing.
 Between between_from(const StableIValue* arguments, const Controls& controls, Table::Mode mode, const char* op) {
   const auto given = to<std::optional<AtenTensorHandle>>(arguments[0]);
   const Handle beside(given.value_or(nullptr));
@@ -232,8 +233,8 @@ Between between_from(const StableIValue* arguments, const Controls& controls, Ta
 
 // _table_step(int table, Tensor(a!)[] params, Tensor(b!)[] grads, int[] rows, Tensor(c!) control, Tensor given,
 //             bool fresh, int mode, bool strict) -> int
-// mode: 0 looks whether the tensors fit, 1 takes the gradients' statistics into control, 2 also settles that, 3 steps,
-// 4 steps what the call before, with mode 1 or 2, has looked at.
+// mode: 0 looks whether the tensors fit, 1 takes the gradients' statistics into control, 2 also settles that, 3 takes
+// the rule's sums, 4 steps, 5 steps what the call before, with a mode from 1 to 3, has looked at.
 // _table_launch is the same with (Tensor(d!)? beside, int[] clip_groups, float[] max_norms, float[] policy), and alone
 // has mode 2: an op of its own, because arguments cost time where they have nothing to say.
 template <bool folds>
@@ -290,7 +291,7 @@ STABLE_TORCH_LIBRARY(pytrain, m) {
   for (const auto& rule : pytrain::ops::all_rules()) m.def(pytrain::ops::schema(rule).c_str());
   m.def(
       "_table(str rule, Tensor[] states, Tensor[] scales, Tensor[] kept, Tensor[] emas, Tensor[] scalars, "
-      "Tensor[] steps, int[] groups, int[] indices, int[] storage) -> int");
+      "Tensor[] steps, Tensor[] sums, int[] groups, int[] parts, int[] storage) -> int");
   m.def("_table_free(int table) -> ()");
   m.def("_table_captured(int table) -> bool");
   const std::string by_lists =

@@ -73,7 +73,13 @@ Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, int64
   STD_TORCH_CHECK(kept_.steps.size() == n || !counts, info_.name, "_: expected ", n, " steps, got ",
                   kept_.steps.size());
   check("steps", kept_.steps.size(), !kept_.steps.empty());
-  check("indices", kept_.indices.size(), !kept_.indices.empty());
+  check("parts", kept_.parts.size(), kept_.parts.empty() ? 0 : part_words);
+  for (size_t row = 0; storage_.stochastic && row * part_words < kept_.parts.size(); ++row) {
+    const int64_t begin = kept_.parts[row * part_words + 1];
+    STD_TORCH_CHECK(storage_.param == Format::fp64 || begin % core::random_tile == 0, info_.name, "_: parts[", row,
+                    "] begins with element ", begin, " of its parameter, expected a multiple of ", core::random_tile,
+                    " (they share random numbers)");
+  }
   for (size_t row = 0; row < n; ++row) {
     STD_TORCH_CHECK(kept_.groups[row] >= 0, info_.name, "_: groups[", row, "] is ", kept_.groups[row],
                     ", expected >= 0");
@@ -93,6 +99,17 @@ void Table::check_call(int64_t n, const std::vector<int64_t>& rows, const View& 
     STD_TORCH_CHECK(kept_.groups[row] < control_rows, info_.name, "_: groups[", row, "] is ", kept_.groups[row],
                     ", control has ", control_rows, " rows");
   }
+}
+
+// Where the sums of n rows stand between two calls; null where one call takes them and steps.
+double* Table::sums_between(int64_t n) const {
+  if (kept_.sums.empty()) return nullptr;
+  const View v = view(kept_.sums[0].get(), false);
+  STD_TORCH_CHECK(v.usable && v.contiguous && v.format == Format::fp64 && v.device == device_ &&
+                      v.numel >= n * core::max_sums,
+                  info_.name, "_: sums must be a contiguous float64 tensor of at least ", n * core::max_sums,
+                  " elements on the parameters' device, has ", v.numel);
+  return static_cast<double*>(v.data);
 }
 
 void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total) {
@@ -134,6 +151,8 @@ int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int6
 }
 
 int64_t Table::run(const Controls& control, Mode mode) {
+  STD_TORCH_CHECK(mode != Mode::sums || (info_.n_sums && !kept_.sums.empty()), info_.name,
+                  "_: mode is 3, but the table has no room for sums, or the rule takes none");
   if (!launches_) return run_on_cpu(control.block, mode);
   items_.resize(segments_.size());
   for (size_t k = 0; k < segments_.size(); ++k) {
@@ -154,9 +173,11 @@ int64_t Table::run(const Controls& control, Mode mode) {
   const cuda::Settle then = mode == Mode::settle ? settled_.job : cuda::Settle{};
   run_on_device(queue, on_device_, items_,
                 {rule_, info_.n_sums > 0, shared_, storage_, static_cast<core::Control*>(control.block.data), n_rows,
-                 control.given, &then, control.between.scaler, settled_.job.moved},
-                mode < Mode::write ? Launches::stats : Launches::update);
-  if (mode != Mode::settle) settled_.job.scaler = nullptr;  // what it has found holds for one step
+                 control.given, &then, control.between.scaler, settled_.job.moved,
+                 sums_between(static_cast<int64_t>(segments_.size()))},
+                mode == Mode::sums ? Launches::sums : mode < Mode::write ? Launches::stats : Launches::update);
+  // What it has found holds for one step.
+  if (mode != Mode::settle && mode != Mode::sums) settled_.job.scaler = nullptr;
   return applied;
 }
 
@@ -189,7 +210,17 @@ int64_t Table::run_on_cpu(const View& control, Mode mode) {
                      partials_.data()};
   const int64_t grain = total > grain_elements ? 1 : grain_elements;
   if (mode == Mode::stats) return take_stats(kernels, job, total, *block);
-  if (info_.n_sums) take_sums(kernels, job, total);
+  double* const between = sums_between(n);
+  if (info_.n_sums && (mode == Mode::sums || !between)) take_sums(kernels, job, total);
+  for (int64_t k = 0; between && k < n; ++k) {
+    double* const own = extras_[k].sums;
+    if (mode == Mode::sums) {
+      std::copy(own, own + core::max_sums, between + k * core::max_sums);
+    } else {
+      std::copy(between + k * core::max_sums, between + (k + 1) * core::max_sums, own);
+    }
+  }
+  if (mode == Mode::sums) return applied;
   if (shared_) {  // parameters in the same memory are stepped one after the other
     kernels.step(job, 0, total);
   } else {
@@ -221,7 +252,7 @@ int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& ro
       if (staging_[k]) return k;
     }
   }
-  if (mode == Mode::stats || mode == Mode::settle) fitted_ = pairs;
+  if (mode > Mode::fit && mode < Mode::write) fitted_ = pairs;
   return mode == Mode::fit ? applied : run(control, mode);
 }
 

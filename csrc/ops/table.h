@@ -43,9 +43,16 @@ inline Format kept_as(core::Keep keep, Format param) {
 // keeps beside the parameter, its average, n_scalars scalars, and a step count where the rule or the storage needs one.
 struct Kept {
   std::vector<Handle> states, scales, kept, emas, scalars, steps;
+  // Nothing, or one: max_sums float64 a row, where Mode::sums leaves what the rule asks for over the k-th row of a
+  // step, and from where a step then takes it. For rows that are parts of parameters: somebody adds up their sums.
+  std::vector<Handle> sums;
   std::vector<int64_t> groups;
-  std::vector<int64_t> indices;  // which parameter each row is to the random numbers; may be empty
+  // Three a row: which parameter it is, or is a part of, to the random numbers; with which element of that it begins;
+  // and how many elements that has. May be empty.
+  std::vector<int64_t> parts;
 };
+
+constexpr int64_t part_words = 3;
 
 // A control block's facts, once it is known to be one.
 View control_view(AtenTensorHandle control, const char* op);
@@ -62,8 +69,8 @@ class Table {
   static constexpr int64_t applied = -1;
   static constexpr int64_t skipped = -2;
   // Check the tensors; also take the gradients' statistics, into the control block; and settle that in the same launch;
-  // or step; or step what the last call, one for statistics, has checked.
-  enum class Mode : int { fit, stats, settle, write, write_fitted };
+  // or take the sums of the rule; or step; or step what the last call, one for statistics or sums, has checked.
+  enum class Mode : int { fit, stats, settle, sums, write, write_fitted };
 
   Table(int rule, const RuleInfo& info, const core::Storage& storage, int64_t device, Kept kept);
 
@@ -109,6 +116,7 @@ class Table {
   bool find_shared_memory();
   int64_t run(const Controls& control, Mode mode);
   int64_t run_on_cpu(const View& control, Mode mode);
+  double* sums_between(int64_t n) const;
   void take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total);
   int64_t take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control);
 

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     from pytrain.optim.dtensors import Shards, Spread
 
+# Is told, of parameters that are parts of others, those others' places in the optimizer, and what was summed up over
+# the parts, shape (parameters, sums): fp64, to be replaced by the sums over all parts.
+JoinSums = Callable[[list[tuple[Tensor, Tensor]]], None]
 REGISTRY: dict[str, type[FusedOptimizer]] = {}
 
 
@@ -85,6 +88,7 @@ class FusedOptimizer(Optimizer):
     steps_in_state: ClassVar[bool] = False  # does state hold a "step" tensor a parameter, as torch's class does?
     takes_sparse: ClassVar[bool] = False  # does torch's class take sparse gradients?
     takes_control: ClassVar[bool] = True  # does its own loop unscale, clip and average, as `pytrain.step` asks it to?
+    join_sums: JoinSums | None = None  # adds to what rules sum over parts of parameters what other ranks have
     settles: bool = False  # has the last `measure` settled the control block too?
     implementation_keys: ClassVar[tuple[str, ...]] = ()  # group keys that choose how, not what, to compute
     spread: Spread | None = None  # how DTensors among the parameters lie on the ranks

@@ -29,7 +29,7 @@ from pytrain.optim.states import (
     needed,
     one_number,
 )
-from pytrain.optim.storage import CODES, FORMAT_OF, FORMATS, KEEPS, SCALE
+from pytrain.optim.storage import CODES, SCALE
 
 if TYPE_CHECKING:
     from pytrain.optim.base import FusedOptimizer, Rule
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 INV_SCALE, FOUND_INF, CLIP_VALUE, GRAD_NORM, FIRST_BAD, CONTROL_HEAD = range(6)
 GRAD_SIGN, EMA_WEIGHT, CLIP_COEF, SUMSQ, CONTROL_HYPERS = range(5)
 CONTROL_ROW = 18
-EMAS = ("", "own", "lent")  # numbered as _table in csrc/ops/optim.cpp does
-MAX_STATES = 4  # csrc/core/segment.h
-FIT, STATS, SETTLE, WRITE, WRITE_FITTED = range(5)  # what a call of the kernels does: Table::Mode in csrc/ops/table.h
+MAX_SUMS = 2  # csrc/core/segment.h
+FIT, STATS, SETTLE, SUMS, WRITE, WRITE_FITTED = range(6)  # of a call of the kernels: Table::Mode in csrc/ops/table.h
 ABSENT = torch.empty(0, dtype=torch.float64, device="cpu")  # instead of numbers that only the device has
 APPLIED, SKIPPED = -1, -2  # what it says; a number from 0 on is the first parameter that does not fit
 
@@ -70,15 +69,22 @@ class Plan:
     address: int = 0  # of that memory
     table: int = 0
     averaged: frozenset[int] = frozenset()  # ids of the parameters whose averages were lent
+    sums: list[Tensor] = field(default_factory=list)  # one, where others have parts of what the rule sums over
+    numbers: Tensor = ABSENT  # the places of its parameters' wholes in the optimizer, there too
 
     @property
     def device(self) -> torch.device:
         """Where all its tensors are."""
         return self.entries[0].param.device
 
+    def sums_of(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """The places in the optimizer of the parameters in some rows (no rows: all), and the sums over these."""
+        (sums,) = self.sums
+        return (self.numbers[rows], sums[: len(rows)]) if rows else (self.numbers, sums)
+
     def finish(self, optimizer: FusedOptimizer) -> None:
         """Hand the states over to the kernel library."""
-        rule, formats, storage = self.rule, self.formats, optimizer.storage
+        rule, formats = self.rule, self.formats
         held = [optimizer.state.get(entry.param, {}) for entry in self.entries]
         kinds = list(zip(rule.states, formats.states, strict=True))
         states = [state[name] for state in held for name in rule.states]
@@ -95,20 +101,14 @@ class Plan:
         self.params = [entry.param for entry in self.entries]
         self.bases = list({id(base): base for base in (s if s._base is None else s._base for s in everything)}.values())
         self.touched = self.params + self.bases
-        words = [FORMATS.index(FORMAT_OF[self.params[0].dtype])]
-        words += [FORMATS.index(kind) for kind in formats.states] + [words[0]] * (MAX_STATES - len(formats.states))
-        words += [
-            KEEPS.index(formats.keep),
-            EMAS.index(formats.ema),
-            storage.zero_grad,
-            storage.stochastic,
-            storage.seed,
-            -1 if self.device.type == "cpu" else self.device.index,
-        ]
+        if rule.sums and optimizer.join_sums is not None:
+            self.sums = [torch.zeros(len(self.entries), MAX_SUMS, dtype=torch.float64, device=self.device)]
+            self.numbers = torch.tensor([entry.cut.number for entry in self.entries], device=self.device)
         groups = [entry.group for entry in self.entries]
-        numbers = [entry.number for entry in self.entries]
+        parts = [number for entry in self.entries for number in entry.cut]
+        words = formats.words(self.params[0], optimizer.storage)
         self.table = torch.ops.pytrain._table(
-            rule.name, states, scales, kept, emas, scalars, self.steps, groups, numbers, words
+            rule.name, states, scales, kept, emas, scalars, self.steps, self.sums, groups, parts, words
         )
         if backend.facts and backend.reader:
             self.pairs = torch.zeros(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
@@ -315,7 +315,7 @@ class Settled:
             if math.isnan(sum_squares):
                 first = self.block[FIRST_BAD]
                 self.block[FOUND_INF] = 1.0
-                self.block[FIRST_BAD] = entry.number if first < 0 else min(first, entry.number)
+                self.block[FIRST_BAD] = entry.cut.number if first < 0 else min(first, entry.cut.number)
             else:
                 self.rows[entry.group, SUMSQ] += sum_squares
         return SKIPPED if self.block[FOUND_INF] else APPLIED
@@ -348,6 +348,11 @@ class Settled:
         besides: Besides | tuple[()] = NOTHING
         if scaler is not None and self.settled and self.moving is not None:
             besides = (self.moving, [], [], NOTHING)
+        if optimizer.join_sums is not None:
+            summing = [one for one in self.work if one[0].sums]
+            if any(self.call(one, last_try, SUMS) >= 0 for one in summing):
+                return 0
+            optimizer.join_sums([one[0].sums_of(one[3]) for one in summing])
         for one in self.work:
             if self.call(one, last_try, mode, besides) >= 0:
                 return 0
@@ -381,14 +386,13 @@ class Settled:
     def call(self, work: Work, last_try: bool, mode: int, besides: Besides | tuple[()] = NOTHING) -> int:
         """Call the kernels over one plan."""
         plan, params, grads, rows = work
-        code = 0
         if plan.pairs is not None:
             ops = torch.ops.pytrain
             op = ops._table_launch_pairs.default if besides else ops._table_step_pairs.default
             control = self.remote.get(plan.device, self.given) if self.remote else self.given
             fresh = bool(self.unbegun) and plan.device in self.unbegun
             given = ABSENT if self.placed else self.given
-            code = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode, *besides)
+            code: int = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode, *besides)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
@@ -456,7 +460,7 @@ def settle(optimizer: FusedOptimizer) -> Settled:
             if reason:
                 optimizer.warn_once(reason)
             if reason is not None:
-                slow.check_disjoint(param, where)
+                slow.check_param(optimizer, entry)
                 slow_ones.append(slow.Slow(entry, reason or backend.select(param, fused=False).reason))
                 continue
             if not state:

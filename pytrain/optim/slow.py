@@ -49,6 +49,13 @@ def check(optimizer: FusedOptimizer, entry: Entry) -> None:
         )
 
 
+def check_param(optimizer: FusedOptimizer, entry: Entry) -> None:
+    """Raise UnfitError where this path cannot step a parameter."""
+    if entry.rule.sums and optimizer.join_sums is not None:  # its reference takes them over what it is given
+        raise UnfitError(f"{entry.where}: on the torch path {entry.rule.name} steps no parts of parameters; use DDP")
+    check_disjoint(entry.param, entry.where)
+
+
 def check_disjoint(param: Tensor, where: str) -> None:
     """As the kernels do: an element that is another one too would be stepped twice."""
     if param.layout != torch.strided or not param.numel():
@@ -124,7 +131,7 @@ def step(optimizer: FusedOptimizer, entry: Entry, row: tuple[float, ...], asked:
         storage = optimizer.storage
         if not storage.stochastic:
             return None
-        return random_bits(storage.seed, entry.number, stream, t, param.numel())
+        return random_bits(storage.seed, entry.cut.number, stream, t, param.numel(), entry.cut.begin)
 
     for i, (name, kind) in enumerate(zip(rule.states, formats.states, strict=True)):
         if not param.is_complex():

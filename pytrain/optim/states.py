@@ -15,11 +15,15 @@ from pytrain.optim.storage import (
     CODE_BLOCK,
     CODES,
     DTYPES,
+    FORMAT_OF,
     FORMATS,
     KEEPS,
     LOW_PRECISION,
     SCALE,
+    Cut,
+    Storage,
     coded,
+    cut_of,
     decode_param,
     decode_state,
     encode_param,
@@ -33,6 +37,8 @@ CPU = torch.device("cpu")
 PLACE = torch.empty(0, device="cpu")  # keeps the place of a key until its tensor is made
 SMALL, BLOCK_BYTES = 16384, 2**20  # tensors of up to so many elements share blocks of up to so many bytes
 LINE_BYTES = 64
+EMAS = ("", "own", "lent")  # numbered as _table in csrc/ops/optim.cpp does
+MAX_STATES = 4  # csrc/core/segment.h
 
 
 class UnfitError(ValueError):
@@ -52,6 +58,13 @@ class Formats:
         """Whether a state is in 8-bit codes, which no inf or nan may enter."""
         return any(kind in CODES for kind in self.states)
 
+    def words(self, param: Tensor, storage: Storage) -> list[int]:
+        """All that is the same for the parameters of a table, as `storage_from` in csrc/ops/optim.cpp reads it."""
+        kinds = [FORMAT_OF[param.dtype], *self.states, *[FORMAT_OF[param.dtype]] * (MAX_STATES - len(self.states))]
+        flags = [storage.zero_grad, storage.stochastic, storage.seed]
+        device = -1 if param.device.type == "cpu" else param.device.index
+        return [*map(FORMATS.index, kinds), KEEPS.index(self.keep), EMAS.index(self.ema), *flags, device]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -64,6 +77,11 @@ class Entry:
     where: str
     rule: Rule
     formats: Formats
+
+    @property
+    def cut(self) -> Cut:
+        """Which parameter of all ranks it is, or is a part of."""
+        return cut_of(self.param, self.number)
 
 
 def formats_of(optimizer: FusedOptimizer, rule: Rule, param: Tensor) -> Formats:

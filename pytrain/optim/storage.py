@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 CODE_BLOCK = 256  # elements of an 8-bit state that share a scale
+RANDOM_TILE = 512  # elements that share a call of the generator of random numbers
 CODED_FROM = 4096  # elements from which on a state is kept in 8 bits
 FORMATS = ("fp32", "fp64", "bf16", "fp16", "s8", "u8")  # numbered as core::Format in csrc/core/segment.h
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.uint8)
@@ -30,6 +31,26 @@ OPTIONS = (
     "step_in_backward", "seed",
 )  # fmt: skip
 SCALE = "_scale"  # what a coded state's key and its scales' key differ by
+
+
+class Cut(NamedTuple):
+    """What a parameter is of a larger one, whose other elements are stepped elsewhere: that parameter's `cut`.
+
+    Attributes:
+        number: the larger one's place among all parameters of the optimizer.
+        begin: the element of it, in the order of its memory, that the parameter begins with.
+        numel: how many elements it has.
+    """
+
+    number: int
+    begin: int
+    numel: int
+
+
+def cut_of(param: Tensor, number: int = 0) -> Cut:
+    """A parameter's cut; that of a whole one, the optimizer's parameter `number`, where it has none."""
+    cut: Cut | None = getattr(param, "cut", None)
+    return Cut(number, 0, param.numel()) if cut is None else cut
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,7 @@ class Storage:
                 )
             wide = self.keep in ("master", "master_low") or (exact and not drop_in)
             return "fp32" if wide and param.dtype in LOW_PRECISION else FORMAT_OF[param.dtype]
-        if self.state == "8bit" and not exact and getattr(param, "whole_numel", param.numel()) >= CODED_FROM:
+        if self.state == "8bit" and not exact and cut_of(param).numel >= CODED_FROM:
             return coded(rule, name)
         return "bf16" if self.state == "bf16" and not exact else "fp32"
 
@@ -174,9 +195,13 @@ def _spread(lane: np.ndarray[Any, Any], key: np.ndarray[Any, Any]) -> np.ndarray
     return out
 
 
-def random_bits(seed: int, parameter: int, stream: int, step: float, numel: int) -> Tensor:
-    """16 random bits an element, as int64; stream 0 rounds the parameter, 1 + i its state i."""
-    tile = np.arange(-(-numel // 512), dtype=np.uint64)[:, None]
+def random_bits(seed: int, parameter: int, stream: int, step: float, numel: int, begin: int = 0) -> Tensor:
+    """16 random bits for each of `numel` elements from `begin` on, as int64.
+
+    Stream 0 rounds the parameter, 1 + i its state i.
+    """
+    first = begin // RANDOM_TILE
+    tile = np.arange(first, -(-(begin + numel) // RANDOM_TILE), dtype=np.uint64)[:, None]
     ones, low16 = np.ones_like(tile), np.uint64(0xFFFF)
     counter = [
         tile & np.uint64(0xFFFFFFFF),
@@ -192,7 +217,7 @@ def random_bits(seed: int, parameter: int, stream: int, step: float, numel: int)
         x = ((x ^ (key & low16)) * np.uint64(0x9E37)) & low16
         x ^= x >> np.uint64(7)
         x = ((x * np.uint64(0x5CB5)) & low16) ^ (key >> np.uint64(16))
-    return torch.from_numpy(x.reshape(-1)[:numel].astype(np.int64))
+    return torch.from_numpy(x.reshape(-1)[begin - first * RANDOM_TILE :][:numel].astype(np.int64))
 
 
 # ---- codecs; x is always fp32 ----------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch.optim.optimizer import Optimizer
 from pytrain.amp import LossScaler
 from pytrain.grads import ALIGN_BYTES, Bucket, Work
 from pytrain.optim.base import FusedOptimizer
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, SUMSQ
-from pytrain.optim.storage import CODE_BLOCK, SCALE, elementwise
+from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, MAX_SUMS, SUMSQ
+from pytrain.optim.storage import CODE_BLOCK, RANDOM_TILE, SCALE, Cut, elementwise
 from pytrain.parallel.base import Share, Strategy, check_total
 from pytrain.steps import StepInfo
 from pytrain.steps import step as pytrain_step
@@ -65,7 +65,7 @@ class Zero1(Strategy):
 
     Raises:
         TypeError: the optimizer is none of pytrain's.
-        ValueError: it needs whole tensors (norms, rows and columns), steps in backward, or rounds stochastically.
+        ValueError: it needs whole tensors (their rows and columns, as Adafactor and Muon do), or steps in backward.
 
     Source: Rajbhandari et al. 2020, ZeRO, section 5.1 (arXiv:1910.02054); Ren et al. 2021, ZeRO-Offload
     (arXiv:2101.06840).
@@ -91,8 +91,10 @@ class Zero1(Strategy):
             self.load_state_dict(state)
 
     def align_bytes(self) -> int:
-        """So that no block of 8-bit codes is cut, where there are any."""
-        return CODE_BLOCK * 4 if self._optimizer.storage.state == "8bit" else ALIGN_BYTES
+        """So that no block of 8-bit codes, and no tile of random numbers, is cut, where there are any."""
+        storage = self._optimizer.storage
+        elements = RANDOM_TILE if storage.stochastic else CODE_BLOCK if storage.state == "8bit" else 0
+        return max(ALIGN_BYTES, elements * 4)
 
     @torch.no_grad()
     def _lay_out(self, offload: bool) -> None:
@@ -114,10 +116,10 @@ class Zero1(Strategy):
                 first, last = max(low, slot.offset), min(low + size, slot.offset + slot.numel)
                 if first < last:
                     piece = Parameter(own[first - low : last - low])
-                    piece.whole_numel = slot.numel  # type: ignore[attr-defined]
-                    begin, end = first - slot.offset, last - slot.offset
+                    (number, index), begin, end = places[id(param)], first - slot.offset, last - slot.offset
+                    piece.cut = Cut(number, begin, slot.numel)  # type: ignore[attr-defined]
                     self.pieces += [
-                        Piece(piece, param, *places[id(param)], slot.param, begin, end, bucket.index, first - low)
+                        Piece(piece, param, number, index, slot.param, begin, end, bucket.index, first - low)
                     ]
             self.flats.append(flat)
         for host in self._hosts:
@@ -126,6 +128,8 @@ class Zero1(Strategy):
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [piece.param for piece in self.pieces if piece.group == index]
         self.optimizer.state.clear()
+        if any(rule.sums for rule in self._optimizer.rules):
+            self._optimizer.join_sums = self._join_sums
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -174,6 +178,18 @@ class Zero1(Strategy):
         control[INV_SCALE] /= check_total(float(total))
         control[FOUND_INF] = found
         rows[:, SUMSQ] = torch.where(found > 0, torch.nan, message[4:])  # no norm, as where one rank has it all
+
+    def _join_sums(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """Between the passes, for rules with norms: one all-reduce of what they sum over each parameter."""
+        count = sum(map(len, self._whole))
+        totals = torch.zeros(count, MAX_SUMS, dtype=torch.float64, device=self.ranks.device)
+        places = [numbers.to(totals.device) for numbers, _ in parts]
+        for place, (_, sums) in zip(places, parts, strict=True):
+            totals[place] = sums.to(totals.device)
+        with self.ranks.at("the agreement on norms"):
+            dist.all_reduce(totals, group=self.ranks.group)
+        for place, (_, sums) in zip(places, parts, strict=True):
+            sums.copy_(totals[place])
 
     def publish(self) -> None:
         """After pass 2: every rank gets the parameters that the others have stepped."""
@@ -243,6 +259,7 @@ class Zero1(Strategy):
         for group, whole in zip(self.optimizer.param_groups, self._whole, strict=True):
             group["params"] = whole
         self.optimizer.state.clear()
+        self._optimizer.join_sums = None
         self.optimizer.load_state_dict(state)
 
 
@@ -326,13 +343,10 @@ def _check_optimizer(optimizer: Optimizer) -> FusedOptimizer:
     name = type(optimizer).__name__
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"optimizer: expected one of pytrain.optim, got {name}; with torch's own use DDP")
-    whole = not optimizer.takes_control or any(rule.sums for rule in optimizer.rules)
-    if whole:
-        raise ValueError(f"optimizer: {name} needs whole tensors, and shards cut them; use DDP")
+    if not optimizer.takes_control:
+        raise ValueError(f"optimizer: {name} needs rows and columns of whole tensors, and shards cut them; use DDP")
     if optimizer.storage.in_backward:
         raise ValueError("optimizer: step_in_backward=True steps before gradients are reduced; leave it out")
-    if optimizer.storage.stochastic:
-        raise ValueError("optimizer: rounding='stochastic' draws its numbers a whole tensor at a time; use DDP")
     return optimizer
 
 

@@ -153,6 +153,8 @@ struct Problem {
       if (storage.ema) extra.ema = fill(wide, n, offset + 2, [&](int64_t) { return random.next(); });
       for (double& scalar : extra.scalars) scalar = 0.5;
       extra.index = 7 * static_cast<int64_t>(k) + 1;
+      extra.begin = pytrain::core::random_tile * static_cast<int64_t>(k % 3);  // every third is whole
+      extra.whole = n + 2 * extra.begin;
       segment.numel = n;
       segment.group = static_cast<int64_t>(k % 2);
       segment.step = 1.0 + static_cast<double>(k / 2 * 3);

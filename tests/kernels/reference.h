@@ -12,7 +12,7 @@
 inline std::vector<uint32_t> random_bits(const Storage& storage, const Extra& extra, const Segment& segment,
                                          int stream) {
   std::vector<uint32_t> bits;
-  for (int64_t i = 0; i < segment.numel; ++i) {
+  for (int64_t i = extra.begin; i < extra.begin + segment.numel; ++i) {
     const core::RandomTile tile(storage.seed, extra.index, segment.step, i / 512);
     const uint32_t both = core::spread(static_cast<uint32_t>(i % 256), tile.keys[0]);
     const uint32_t own = i % 512 < 256 ? both & 0xffffu : both >> 16;
@@ -138,6 +138,7 @@ inline GivenSums given_sums;
 template <class T>
 struct Values {
   std::vector<T> p, g, states[pytrain::core::max_states];
+  int64_t whole = 0;
 };
 
 // The part of a step that is the rule's own: states are stored after it, whether measuring changes them or not.
@@ -168,7 +169,7 @@ void apply(const double* hypers, double step, double* scalars, Values<T>& v, std
       if (!(apart <= given_sums.tolerance * sums[k])) given_sums.apart = true;
       sums[k] = given_sums.sums[k];
     }
-    rule.settle(sums, static_cast<double>(v.p.size()));
+    rule.settle(sums, static_cast<double>(v.whole));
   }
   for (size_t i = 0; i < v.p.size(); ++i) v.p[i] = v.p[i] - rule(v.p[i], v.g[i], v.states[I][i]...);
   if constexpr (rules::scalar_count<Rule>() > 0 && n_sums > 0) {
@@ -202,6 +203,7 @@ void reference_segment(const Storage& storage, const Control& control, const Seg
                   : storage.param == Format::fp16 ? load_low<core::Fp16>(storage, segment, extra, i)
                                                   : static_cast<T>(get(storage.param, segment.param, i)));
   }
+  v.whole = extra.whole;
   apply(row.hypers, segment.step, extra.scalars, v);
   for (int s = 0; s < n_states; ++s) store_state(storage, segment, extra, s, v.states[s]);
   std::vector<uint32_t> random;

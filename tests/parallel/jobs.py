@@ -31,6 +31,8 @@ KINDS: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("AdamW", {"state_dtype": "bf16", "master_weights": True}, torch.bfloat16),
     ("AdamW", {"kahan": True}, torch.bfloat16),
     ("Adan", {"master_weights": "compact"}, torch.bfloat16),
+    ("AdamW", {"rounding": "stochastic", "seed": 5}, torch.bfloat16),
+    ("Lion", {"rounding": "stochastic", "state_dtype": "8bit"}, torch.float32),
 ]
 NAMES = [f"{name}-{dtype}-{'-'.join(map(str, options))}" for name, options, dtype in KINDS]
 
@@ -108,10 +110,10 @@ def train_alone(size: int, dtype: torch.dtype, step: dict[str, Any], name: str =
     return values(net), seen, scaler.get_scale()
 
 
-def overflow_on_one(group: Group, bad_rank: int, strategy: str = "DDP") -> Any:
+def overflow_on_one(group: Group, bad_rank: int, strategy: str = "DDP", name: str = "AdamW") -> Any:
     """A step whose gradient is inf on one rank only."""
     net = model()
-    optimizer, scaler = AdamW(net.parameters()), LossScaler(init_scale=8.0)
+    optimizer, scaler = getattr(optim, name)(net.parameters()), LossScaler(init_scale=8.0)
     ranks, before = kind(strategy)(net, optimizer, group=group), values(net)
     loss = summed_loss(net, batch(0, 4, torch.float64))
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -333,16 +335,55 @@ def written_by_others(group: Group, strategy: str) -> Any:
     return values(net), [p.device.type for p in optimizer.param_groups[0]["params"]]
 
 
+def whose(group: Group, strategy: str) -> list[list[int]]:
+    """Which ranks have elements of each parameter of `model`."""
+    net = model()
+    ranks = kind(strategy)(net, optim.LAMB(net.parameters()), group=group)
+    have = [(share.owner, share.end > share.begin) for share in ranks.shares()[0]]
+    everyone = ranks.ranks.gather([any(owner is p and some for owner, some in have) for p in net.parameters()])
+    return [[rank for rank, own in enumerate(everyone) if own[i]] for i in range(len(everyone[0]))]
+
+
+def collectives_of(group: Group, strategy: str, name: str) -> list[str]:
+    """In what operation of all ranks each all-reduce of a step is."""
+    net = model()
+    ranks = kind(strategy)(net, getattr(optim, name)(net.parameters()), group=group)
+    seen: list[str] = []
+    own = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(ranks.ranks.heart.now)
+        return own(*args, **kwargs)
+
+    summed_loss(net, batch(0, 4, torch.float64)).backward()
+    dist.all_reduce = counted  # type: ignore[assignment]
+    try:
+        ranks.step()
+    finally:
+        dist.all_reduce = own
+    return seen
+
+
+def lonely(group: Group, strategy: str, name: str) -> list[float]:
+    """Steps of a model so small that not every rank has a part of it."""
+    p = Parameter(torch.arange(1.0, 6.0, dtype=torch.float64))
+    ranks = kind(strategy)(nn.ParameterList([p]), getattr(optim, name)([p], lr=0.1), group=group)
+    for n in range(3):
+        (p * torch.arange(n, n + 5.0)).square().sum().backward()
+        ranks.step()
+        p.grad = None
+    out: list[float] = p.tolist()
+    return out
+
+
 def refused(group: Group, what: str) -> str:
     """The error of an optimizer that shards do not take."""
-    net = model(torch.bfloat16 if what == "stochastic" else torch.float32)
+    net = model(torch.float32)
     optimizer: torch.optim.Optimizer = AdamW(net.parameters())
     if what == "torch":
         optimizer = torch.optim.AdamW(net.parameters())
-    if what == "LAMB":
-        optimizer = optim.LAMB(net.parameters())
-    if what == "stochastic":
-        optimizer = AdamW(net.parameters(), rounding="stochastic")
+    if what in ("Adafactor", "Muon"):
+        optimizer = getattr(optim, what)([p for p in net.parameters() if p.dim() == 2])
     if what == "release":
         optimizer = AdamW(net.parameters(), step_in_backward=True)
     try:

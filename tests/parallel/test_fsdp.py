@@ -75,7 +75,7 @@ def test_the_norm_and_the_step_are_those_of_torch(pool: Pool, layout: str, size:
 def test_shards_are_stepped_as_whole_tensors_are_to_the_bit(pool: Pool, size: int) -> None:
     kinds = [(name, {}, torch.float32) for name in fsdp_jobs.ELEMENTWISE]
     kinds = kinds if size == 2 else []
-    formats = [one for one in KINDS if one[1].get("state_dtype") != "8bit"]
+    formats = [one for one in KINDS if one[1].get("state_dtype") != "8bit" and "rounding" not in one[1]]
     assert len(fsdp_jobs.ELEMENTWISE) > 10 and len(formats) > 6
     assert pool.run(size, fsdp_jobs.beside_whole_tensors, kinds + formats, False) == [[]] * size
 

@@ -118,8 +118,8 @@ def test_parameters_that_somebody_else_has_written_are_stepped(pool: Pool, strat
     ("what", "message"),
     [
         ("torch", "optimizer: expected one of pytrain.optim, got AdamW; with torch's own use DDP"),
-        ("LAMB", "optimizer: LAMB needs whole tensors, and shards cut them; use DDP"),
-        ("stochastic", "optimizer: rounding='stochastic' draws its numbers a whole tensor at a time; use DDP"),
+        ("Adafactor", "optimizer: Adafactor needs rows and columns of whole tensors, and shards cut them; use DDP"),
+        ("Muon", "optimizer: Muon needs rows and columns of whole tensors, and shards cut them; use DDP"),
         ("release", "optimizer: step_in_backward=True steps before gradients are reduced; leave it out"),
     ],
 )

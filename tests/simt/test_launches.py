@@ -24,6 +24,7 @@ import pytrain
 from pytrain import backend
 from pytrain.amp import LossScaler
 from pytrain.optim import LAMB, REGISTRY, SGD, AdamW
+from pytrain.optim.plan import SETTLE, SUMS, WRITE
 
 SIMT = backend.simulated and os.environ.get("PYTRAIN_LAUNCHES") == "1"
 REMOTE = os.environ.get("PYTRAIN_SIMT_REMOTE") == "1"
@@ -260,19 +261,21 @@ def test_what_a_launch_cannot_do_besides_is_an_error_before_anything_is_written(
         ops._table_launch_pairs(*common, beside, groups, [1.0], numbers)
 
     with pytest.raises(RuntimeError, match="mode is 2, which _table_launch has"):
-        ops._table_step_pairs(plan.table, plan.pairs, len(grads), rows, control, settled.given, True, 2)
+        ops._table_step_pairs(plan.table, plan.pairs, len(grads), rows, control, settled.given, True, SETTLE)
     with pytest.raises(RuntimeError, match="beside must be .* of 1 elements on the device of control, has 6"):
-        call(2, state, [0], [])
+        call(SETTLE, state, [0], [])
     with pytest.raises(RuntimeError, match="beside must be .* of 6 elements on the device of control, has 1"):
-        call(2, scaler.current, [0], policy)
+        call(SETTLE, scaler.current, [0], policy)
     with pytest.raises(RuntimeError, match="policy has 3 entries, expected 8"):
-        call(2, state, [0], policy[:3])
+        call(SETTLE, state, [0], policy[:3])
     with pytest.raises(RuntimeError, match="clip_groups has 2 entries, expected 1"):
-        call(2, state, [0, 0], policy)
+        call(SETTLE, state, [0, 0], policy)
     with pytest.raises(RuntimeError, match="clip_groups has 1, expected -1 to 0"):
-        call(2, state, [1], policy)
+        call(SETTLE, state, [1], policy)
     with pytest.raises(RuntimeError, match="beside is missing"):
-        call(3, None, [], [])
+        call(WRITE, None, [], [])
     with pytest.raises(RuntimeError, match="no pass 1 has found where this scaler moves"):
-        call(3, state, [], [])
+        call(WRITE, state, [], [])
+    with pytest.raises(RuntimeError, match="mode is 3, but the table has no room for sums, or the rule takes none"):
+        ops._table_step_pairs(plan.table, plan.pairs, len(grads), rows, control, settled.given, True, SUMS)
     assert same(before, everything(optimizer)) and scaler.get_scale() == 4.0

@@ -119,6 +119,8 @@ class World {
       segments.back().group = static_cast<int64_t>(k) % shape.groups;
       segments.back().step = 1.0 + static_cast<double>(k / 2 % 3 * 3);
       extras.back().index = 7 * static_cast<int64_t>(k) + 1;
+      extras.back().begin = pytrain::core::random_tile * static_cast<int64_t>(k % 3);  // every third is whole
+      extras.back().whole = shape.counts[k] + 2 * extras.back().begin;
     }
     lay_tables();
     control(rule, shape.groups);
