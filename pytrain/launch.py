@@ -49,7 +49,7 @@ class Alone:
         """As `Strategy.show_gradients`."""
         step = self.step
 
-        def shown(scaler: Any, *, grad_divisor: float, **options: Any) -> Any:
+        def shown(scaler: Any, *, grad_divisor: float = 1.0, **options: Any) -> Any:
             return step(scaler, grad_divisor=show(grad_divisor), **options)
 
         self.step = shown

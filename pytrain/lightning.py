@@ -27,11 +27,20 @@ ARGUMENTS_NOT_OFFERED = {
     "use_distributed_sampler": "a loader with a sampler of its own is left as it is",
     "weights_summary": "print(module), or the torchinfo package",
 }
+MOMENTS = ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end", "model_eval", "model_train")
 HOOKS_NOT_OFFERED = {
     "on_train_start": "on_fit_start",
     "on_train_end": "on_fit_end",
     "on_validation_start": "on_validation_epoch_start",
     "on_validation_end": "on_validation_epoch_end",
+    "on_sanity_check_start": "fast_dev_run, which tries a few batches of all loops",
+    "on_sanity_check_end": "fast_dev_run, which tries a few batches of all loops",
+    "on_validation_model_eval": "on_validation_epoch_start",
+    "on_validation_model_train": "on_validation_epoch_end",
+    "on_validation_model_zero_grad": "on_validation_epoch_start",
+    **{f"on_test_{moment}": "test_step, and what Trainer.test returns" for moment in MOMENTS},
+    **{f"on_predict_{moment}": "predict_step, and what Trainer.predict returns" for moment in MOMENTS},
+    "teardown": "on_fit_end and on_exception",
     "training_epoch_end": "on_train_epoch_end",
     "validation_epoch_end": "on_validation_epoch_end",
     "test_epoch_end": "log in test_step",
@@ -40,6 +49,7 @@ HOOKS_NOT_OFFERED = {
     "optimizer_step": "automatic_optimization = False",
     "optimizer_zero_grad": "automatic_optimization = False",
     "lr_scheduler_step": "automatic_optimization = False",
+    "on_before_backward": "training_step, which returns the loss that goes backward",
     "backward": "automatic_optimization = False",
     "on_after_backward": "on_before_optimizer_step",
     "on_before_zero_grad": "on_train_batch_start",
@@ -48,6 +58,8 @@ HOOKS_NOT_OFFERED = {
     "configure_sharded_model": "__init__",
     "configure_model": "__init__",
     "tbptt_split_batch": "tbptt_split",
+    "on_before_batch_transfer": "a collate_fn",
+    "on_after_batch_transfer": "a collate_fn, or training_step",
     "transfer_batch_to_device": "a collate_fn, or training_step",
 }
 
@@ -61,8 +73,8 @@ def refuse_arguments(settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_hooks(module: object) -> None:
-    """Raise TypeError for a method that would never be called, and would otherwise not be missed."""
+def check_hooks(owner: object) -> None:
+    """Raise TypeError for a method of a module or callback that would never be called, and not be missed otherwise."""
     for name, instead in HOOKS_NOT_OFFERED.items():
-        if callable(getattr(type(module), name, None)):
-            raise TypeError(f"{type(module).__name__}.{name} would never be called; use {instead}")
+        if callable(getattr(type(owner), name, None)):
+            raise TypeError(f"{type(owner).__name__}.{name} would never be called; use {instead}")

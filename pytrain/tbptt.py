@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class InTime:
         hiddens: what the last part has returned, detached.
     """
 
-    def __init__(self) -> None:
-        self.hiddens: Any = None
+    def __init__(self, hiddens: Any = None) -> None:
+        self.hiddens = hiddens
 
     def over(self, step: Callable[[Any, int, Any], Any]) -> Callable[[TimePart, int], Any]:
         """Return a training step of parts.
@@ -54,6 +54,15 @@ class InTime:
         return of_part
 
 
+def for_parts(hooks: Sequence[Callable[..., Any]]) -> tuple[Callable[..., Any], ...]:
+    """Hooks of batches, to be called with parts: they get a part's batch and the number of the whole batch."""
+
+    def of(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: hook(*args[:-2], args[-2].batch, args[-2].batch_idx)
+
+    return tuple(map(of, hooks))
+
+
 def split_time(batch: Any, steps: int) -> list[Any]:
     """Cut every tensor of two or more dimensions in a batch along dimension 1; all else goes with each part."""
     if isinstance(batch, Tensor):
@@ -62,7 +71,7 @@ def split_time(batch: Any, steps: int) -> list[Any]:
         parts = [split_time(value, steps) for value in batch.values()]
         return [dict(zip(batch, each, strict=True)) for each in _together(parts)]
     if isinstance(batch, (list, tuple)):
-        return [type(batch)(each) for each in _together([split_time(value, steps) for value in batch])]
+        return [_like(batch, each) for each in _together([split_time(value, steps) for value in batch])]
     return [batch]
 
 
@@ -83,5 +92,10 @@ def _detached(hiddens: Any) -> Any:
     if isinstance(hiddens, dict):
         return {key: _detached(value) for key, value in hiddens.items()}
     if isinstance(hiddens, (list, tuple)):
-        return type(hiddens)(_detached(value) for value in hiddens)
+        return _like(hiddens, map(_detached, hiddens))
     return hiddens
+
+
+def _like(given: Any, values: Iterable[Any]) -> Any:
+    """The values in a list, tuple or named tuple as the one given."""
+    return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pytrain.loggers.base import Logger, Status
 
@@ -65,3 +66,29 @@ def _keep_first(path: Path, count: int) -> int:
     temporary.write_bytes(b"".join(lines))
     os.replace(temporary, path)
     return len(lines)
+
+
+def open_loggers(given: Any, folder: Path, hparams: Mapping[str, Any], resumed: Mapping[str, Any] | None) -> list[Any]:
+    """Return the loggers of a run, told of the hyperparameters, and where it is resumed of the step it goes on from.
+
+    Args:
+        given: as `Trainer` has it: one or several, False for none, True for JSON lines.
+        folder: of the run.
+        hparams: the module's.
+        resumed: the checkpoint; None: the run starts anew.
+
+    Raises:
+        TypeError: one of those given cannot log.
+    """
+    if given is None or isinstance(given, bool):
+        lines = None if resumed is None else resumed["metrics_lines"]
+        return [] if given is False else [JsonLinesLogger(folder / "metrics.jsonl", keep_lines=lines)]
+    loggers = list(given) if isinstance(given, (list, tuple)) else [given]
+    for i, logger in enumerate(loggers):
+        if not callable(getattr(logger, "log_metrics", None)):
+            raise TypeError(f"Trainer: logger[{i}] has no log_metrics(metrics, step), got {logger!r}")
+        if resumed is not None and hasattr(logger, "resume"):
+            logger.resume(resumed["global_step"])
+        if hparams and hasattr(logger, "log_hyperparams"):
+            logger.log_hyperparams(dict(hparams))
+    return loggers

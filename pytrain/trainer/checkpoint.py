@@ -17,7 +17,7 @@ KEYS = frozenset(
     {
         "format", "precision", "module", "optimizers", "schedulers", "scaler", "ema", "epoch", "global_step",
         "batch_idx", "skipped_steps", "skipped_in_a_row", "metrics_lines", "callback_metrics", "callbacks",
-        "hyper_parameters", "hiddens", "loader", "rng", "epoch_rng", "data_seed", "validated_at",
+        "hyper_parameters", "hiddens", "loader", "rng", "epoch_rng", "data_seed", "validated_at", "logged",
     }
 )  # fmt: skip
 NAMES = {"scaler": "a loss scaler", "ema": "weight averages"}

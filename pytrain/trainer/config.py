@@ -45,17 +45,22 @@ def _check_limit(name: str, value: Any) -> None:
         raise ValueError(f"Trainer: {name} must be an int >= 0, a float in [0, 1] or None, got {value!r}")
 
 
-def take_of(name: str, limit: Limit, length: int | None) -> int | None:
-    """How many batches a limit leaves of `length` (None: unknown); None: all.
+def take_of(name: str, limit: Limit, length: int | None, least: int = 0) -> int | None:
+    """How many batches a limit leaves of `length` (None: unknown), but `least` if it is a share; None: all.
 
     Raises:
-        ValueError: a share of an unknown length.
+        ValueError: a share of an unknown length, or one of less than a batch.
     """
     if limit is None or isinstance(limit, int):
         return limit
+    if limit == 1.0:
+        return None
     if length is None:
         raise ValueError(f"Trainer: {name}={limit} is a share, and the loader has no length; give an int")
-    return int(length * limit)
+    taken = max(least, int(length * limit))
+    if limit and length and not taken:
+        raise ValueError(f"Trainer: {name}={limit} of {length} batches is less than one; give more, or an int")
+    return taken
 
 
 @dataclass(frozen=True, kw_only=True)

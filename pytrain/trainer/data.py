@@ -1,8 +1,7 @@
-"""Batches: their length, their device and their size; what each of several ranks takes, and where a window ends."""
+"""Batches: their length and their device; the loaders of a stage, and where a window ends."""
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from pytrain.hparams import Hyperparameters
 from pytrain.launch import Team
 
 
@@ -32,7 +31,9 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None
     An object with a `to` of its own, such as transformers' BatchEncoding, is moved by that.
     """
     if isinstance(batch, Tensor):
-        return batch.to(device, dtype if batch.is_floating_point() else None, non_blocking=True)
+        # Onto the CPU a copy that does not block would be read too early.
+        dtype = dtype if batch.is_floating_point() else None
+        return batch.to(device, dtype, non_blocking=device.type != "cpu")
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, dict):
@@ -55,7 +56,7 @@ def start_epoch(
     return iter(loader) if stays else map(partial(to_device, device=device, dtype=dtype), loader)
 
 
-class DataModule:
+class DataModule(Hyperparameters):
     """Data in one place: the loaders of every stage. Override what is used; see `Trainer.fit(datamodule=...)`."""
 
     def prepare_data(self) -> None:
@@ -100,12 +101,6 @@ def open_data(team: Team, stage: str, owners: Sequence[Any], loaders: Mapping[st
     return made
 
 
-def several(loader: Any) -> list[Any]:
-    """The loaders of a validation: a list or tuple of DataLoaders is several, anything else is one."""
-    many = isinstance(loader, (list, tuple)) and bool(loader) and all(isinstance(one, DataLoader) for one in loader)
-    return list(loader) if many else [loader]
-
-
 def with_ends(batches: Iterator[Any], accumulate: int) -> Iterator[tuple[Any, bool]]:
     """Yield each batch, and whether it ends its window of up to `accumulate`; looks one ahead, never past a window."""
     for first in batches:
@@ -115,50 +110,6 @@ def with_ends(batches: Iterator[Any], accumulate: int) -> Iterator[tuple[Any, bo
             yield batch, False
             batch = following
         yield batch, True
-
-
-def whole_reason(loader: Iterable[Any]) -> str | None:
-    """Return why no sampler can be put into a loader to have each rank take its part; None: it can."""
-    if type(loader) is not DataLoader:
-        return f"it is a {type(loader).__name__}"
-    if isinstance(loader.dataset, IterableDataset):
-        return "its dataset is an IterableDataset"
-    if loader.batch_size is None and loader.batch_sampler is not None:
-        return f"it has a batch_sampler, {type(loader.batch_sampler).__name__}"
-    sampler = loader.sampler
-    if type(sampler) not in (SequentialSampler, RandomSampler):
-        return f"it has a sampler, {type(sampler).__name__}"
-    rows: Any = loader.dataset
-    if isinstance(sampler, RandomSampler) and (sampler.replacement or len(sampler) != len(rows)):
-        return "its RandomSampler draws with replacement, or not all rows once"
-    return None
-
-
-def share_out(team: Team, name: str, loader: Iterable[Any], seed: int | None) -> Iterable[Any]:
-    """Return the loader of this rank's part of the rows, all else being as in `loader`; rank 0 says what was done.
-
-    Args:
-        team: whose ranks share.
-        name: of the loader, for what is said.
-        loader: left alone where it is none of torch's with a sampler of torch's; it then gives this rank's part.
-        seed: of the order, the same on all ranks, where the loader shuffles. Ranks have equally many rows: where these
-            do not divide some come twice, or with drop_last not at all. None: every row once and in order, so that
-            ranks may have one more than others: for validation.
-    """
-    if team.size == 1:
-        return loader
-    reason = whole_reason(loader)
-    if reason is not None or not isinstance(loader, DataLoader):
-        team.say(f"{name} is left as it is ({reason}): what it gives on a rank is that rank's part")
-        return loader
-    dataset: Any = loader.dataset
-    sampler: Any = range(team.rank, len(dataset), team.size)
-    if seed is not None:
-        shuffle = isinstance(loader.sampler, RandomSampler)
-        sampler = DistributedSampler(dataset, team.size, team.rank, shuffle, seed, drop_last=loader.drop_last)
-    team.say(f"{name}: a {type(sampler).__name__} shares its rows out to {team.size} ranks; batch_size is each rank's")
-    names = inspect.signature(DataLoader.__init__).parameters.keys() - {"self", "shuffle", "sampler", "batch_sampler"}
-    return DataLoader(**{name: getattr(loader, name) for name in sorted(names)}, sampler=sampler)
 
 
 def skip_batches(batches: Iterator[Any], count: int) -> None:

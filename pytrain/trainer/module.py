@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pytrain.export import Exportable
+from pytrain.hparams import Hyperparameters
 from pytrain.loggers.metrics import Metric, MetricLog
 from pytrain.tbptt import split_time
 from pytrain.trainer.checkpoint import load_checkpoint
@@ -21,22 +21,13 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Module")
 
 
-class HParams(dict[str, Any]):
-    """Hyperparameters: a dict whose keys are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"hparams has no {name!r}, but {list(self)}") from None
-
-
-class Module(Exportable):
+class Module(Exportable, Hyperparameters):
     """A torch.nn.Module with a training step and an optimizer.
 
     Override `training_step` and `configure_optimizers`; all else is optional: `validation_step`, `test_step`,
-    `predict_step`, loaders (`train_dataloader` and the others of `DataModule`) and the hooks of
-    `pytrain.callbacks.Callback`, which here have no arguments trainer and module. `forward` is torch's own.
+    `predict_step`, loaders and `setup` (those of `DataModule`) and the hooks of `pytrain.callbacks.Callback` but for
+    `log_metrics`, which here have no arguments trainer and module. What `on_train_epoch_end` and
+    `on_validation_epoch_end` log is among the metrics of the epoch. `forward` is torch's own.
 
     Attributes:
         automatic_optimization: False: `training_step` calls `manual_backward` and steps `self.optimizers()` itself.
@@ -51,7 +42,6 @@ class Module(Exportable):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hparams = HParams()
         self._logged = MetricLog()
         self._trainer: Trainer | None = None
         self._manual: Manual | None = None
@@ -125,13 +115,13 @@ class Module(Exportable):
             logger: give it to the loggers; False: only `trainer.callback_metrics` and the bar have it.
             on_step: write it as said above; None: in training unless on_epoch alone is asked for.
             on_epoch: write its mean over the epoch too; None: in validation and test only. With on_step and on_epoch
-                both, the names are `name_step` and `name_epoch`.
+                both, the names are `name_step` and `name_epoch`; callbacks find the latter by `name` too.
             sync_dist: in training, write the mean over the ranks rather than rank 0's value; all ranks must log it.
-            batch_size: the weight in a mean; None: the batch's first dimension.
+            batch_size: the weight in a mean, > 0; None: the batch's first dimension.
             rank_zero_only: taken for Lightning's sake; rank 0 is what is written.
 
         Raises:
-            ValueError: the name is reserved, or the tensor has not exactly one element.
+            ValueError: the name is reserved, the tensor has not exactly one element, or batch_size is not > 0.
             TypeError: the value is not a number.
         """
         self._logged.add(name, value, (prog_bar, logger, on_step, on_epoch, sync_dist), batch_size)
@@ -168,33 +158,6 @@ class Module(Exportable):
             raise RuntimeError(f"{method}: only in training_step, with automatic_optimization = False on the module")
         return self._manual
 
-    def save_hyperparameters(self, *names: str, ignore: tuple[str, ...] | list[str] = ()) -> None:
-        """Keep the arguments of the `__init__` that calls this in `self.hparams`, and in checkpoints.
-
-        Args:
-            names: of the arguments to keep; none: all.
-            ignore: names that are not kept, such as a module's.
-
-        Raises:
-            ValueError: there is no such argument.
-        """
-        frame = inspect.currentframe()
-        caller = None if frame is None else frame.f_back
-        values = {} if caller is None else dict(inspect.getargvalues(caller).locals)
-        given = inspect.signature(type(self).__init__).parameters
-        found: dict[str, Any] = {}
-        for name, parameter in list(given.items())[1:]:
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                found |= values.get(name, {})
-            elif name in values and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
-                found[name] = values[name]
-        unknown = [name for name in (*names, *ignore) if name not in found]
-        if unknown:
-            raise ValueError(
-                f"save_hyperparameters: {type(self).__name__} has no arguments {unknown}, but {list(found)}"
-            )
-        self.hparams.update({name: found[name] for name in names or found if name not in ignore})
-
     @classmethod
     def load_from_checkpoint(cls: type[M], path: str | os.PathLike[str], **arguments: Any) -> M:
         """Make the module that a checkpoint of a `Trainer` holds: built with its hyperparameters, with its weights.
@@ -209,6 +172,9 @@ class Module(Exportable):
         """
         saved = load_checkpoint(path)
         module = cls(**{**saved["hyper_parameters"], **arguments})
+        hook: Any = getattr(module, "on_load_checkpoint", None)
+        if hook is not None:
+            hook(saved)
         module.load_state_dict(saved["module"])
         return module
 
@@ -230,6 +196,11 @@ class Module(Exportable):
         """That of the first parameter or buffer; the CPU where there is none."""
         first = next(self.parameters(), next(self.buffers(), None))
         return torch.device("cpu") if first is None else first.device
+
+    @property
+    def logger(self) -> Any:
+        """The run's first logger; None where there is none, and on all ranks but 0."""
+        return next(iter([] if self._trainer is None else self._trainer.loggers), None)
 
     @property
     def current_epoch(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,20 +17,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pytrain.amp import name_of
+from pytrain.callbacks.hooks import Hooks
 from pytrain.callbacks.progress import format_metrics
 from pytrain.ema import EMA
 from pytrain.launch import STOPPED, Maker, StrategyName, Team, open_team, start_ranks, watch
 from pytrain.lightning import refuse_arguments
+from pytrain.shares import share_val
 from pytrain.steps import StepInfo
 from pytrain.trainer.checkpoint import load_checkpoint, write_checkpoint
 from pytrain.trainer.config import Accelerator, ClipAlgorithm, Limit, Precision, TrainerConfig
-from pytrain.trainer.data import DataModule, check_loader, no_batch_message, open_data, several
+from pytrain.trainer.data import DataModule, check_loader, no_batch_message, open_data
 from pytrain.trainer.module import Module, loss_of
 from pytrain.trainer.precision import PRECISIONS
-from pytrain.trainer.run import Run, share_val
+from pytrain.trainer.run import Run
 from pytrain.trainer.validation import evaluate, predict
 
 MAX_SKIPS_IN_A_ROW = 64  # as LossScaler has it
+MOST_PENDING = 1024  # steps that were queued on a device and of which the host does not know yet: each holds some bytes
 
 
 class Trainer:
@@ -68,7 +72,7 @@ class Trainer:
         deterministic: True: torch uses deterministic algorithms only; "warn": where it has them; None: as it is set.
         seed: seeds torch, python and numpy when `fit` starts anew, 0 to 2**32 - 1, the same on all ranks until there
             is an optimizer and differently from there on; None: they are left alone.
-        default_root_dir: folder of `metrics.jsonl` and `checkpoints/`.
+        default_root_dir: folder of `metrics.jsonl` and `checkpoints/`; it is an attribute too.
         enable_progress_bar: show a bar (plain lines where stdout is not a terminal).
         enable_checkpointing: save after every epoch and at the end, and stop at SIGTERM and SIGUSR1 with a checkpoint
             and the exit code 143.
@@ -84,6 +88,7 @@ class Trainer:
         batch_idx: batches of this epoch done.
         skipped_steps: steps that met an inf or nan and changed nothing.
         callback_metrics: the last written training metrics and validation metrics.
+        max_epochs, max_steps: the limits; None: there is none.
         should_stop: set it to True to have the run end after the step under way.
         ema: the averages (`pytrain.ema.EMA`) of the last `fit`, or None. `with trainer.ema.swap():` puts them into the
             module, `trainer.ema.copy_to(module)` for good.
@@ -132,6 +137,8 @@ class Trainer:
         refuse_arguments(not_offered)
         self.config = TrainerConfig.of({name: value for name, value in locals().items() if name != "self"})
         self.callbacks: Sequence[Any] = self.config.callbacks
+        self.max_epochs, self.max_steps, self.should_stop = self.config.max_epochs, self.config.max_steps, False
+        self.default_root_dir: Path = self.config.default_root_dir
         self.ema: EMA | None = None
         self.callback_metrics: dict[str, float] = {}
         self.run: Run | None = None
@@ -168,7 +175,7 @@ class Trainer:
             FloatingPointError: 64 steps in a row met an inf or nan, the last at the lowest loss scale if there is one.
             SystemExit: a signal has stopped the run, and a checkpoint is written.
         """
-        config = self.config
+        config, self.should_stop = self.config, False
         module, compiled, device = self._open(module)
         given = {"train_dataloader": train_dataloaders, "val_dataloader": val_dataloaders}
         with (
@@ -180,26 +187,23 @@ class Trainer:
             check_loader("fit: train_dataloaders", loaders[0])
             if loaders[1] is not None:
                 check_loader("fit: val_dataloaders", loaders[1])
-                if type(module).validation_step is Module.validation_step:
-                    raise ValueError(
-                        f"fit: val_dataloaders is given, but {type(module).__name__} has no validation_step"
-                    )
-            self.should_stop = False
+                kind = type(module)
+                if kind.validation_step is Module.validation_step:
+                    raise ValueError(f"fit: val_dataloaders is given, but {kind.__name__} has no validation_step")
             run = Run(self, team, module, compiled, loaders, device, ckpt_path)
             status = "failed"
             try:
                 run.hooks.call("on_fit_start")
                 while not self._finished(run):
                     epoch_complete = self._train_epoch(run)
-                    if self.should_stop and any(team.gather(stops.signal)):
-                        path = self._save(run)
+                    if not any(team.gather(stops.signal)):
+                        metrics = self._validate(run)
+                        if epoch_complete:
+                            self._end_epoch(run, metrics)
+                    path = self._save(run) if config.enable_checkpointing else None
+                    if any(team.gather(stops.signal)):  # also one that came just now
                         team.say(f"stopped by a signal; {path} is where ckpt_path='last' goes on")
                         raise SystemExit(STOPPED)
-                    metrics = self._validate(run)
-                    if epoch_complete:
-                        self._end_epoch(run, metrics)
-                    if config.enable_checkpointing:
-                        self._save(run)
                 run.hooks.call("on_fit_end")
                 run.let_go()
                 status = "success"
@@ -293,14 +297,14 @@ class Trainer:
         return self.global_rank == 0
 
     @property
-    def default_root_dir(self) -> Path:
-        """The folder of the run."""
-        return self.config.default_root_dir
-
-    @property
     def num_training_batches(self) -> int | None:
         """Batches an epoch; None: unknown."""
         return None if self.run is None else self.run.length
+
+    @property
+    def estimated_stepping_batches(self) -> int | None:
+        """Optimizer steps that the run will take if none is skipped; None: unknown. For schedules."""
+        return self.config.total_steps(self.num_training_batches)
 
     def begin(self, saved: Mapping[str, Any] | None = None) -> None:
         """Stand at the start, or where a checkpoint says."""
@@ -310,27 +314,25 @@ class Trainer:
         self.batch_idx: int = 0 if saved is None else saved["batch_idx"]
         self.skipped_steps: int = 0 if saved is None else saved["skipped_steps"]
         self.callback_metrics = {} if saved is None else dict(saved["callback_metrics"])
-        self.should_stop = False
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def _finished(self, run: Run) -> bool:
         config = self.config
-        if config.max_steps == self.global_step or config.max_epochs == self.current_epoch:
+        if self.global_step >= (config.max_steps or math.inf) or self.current_epoch >= (config.max_epochs or math.inf):
             return True
-        return any(run.team.gather(self.should_stop))
+        return config.limit_train_batches == 0 or any(run.team.gather(self.should_stop))
 
     def _train_epoch(self, run: Run) -> bool:
         """Train through the rest of an epoch, or up to a limit. Return whether the epoch came to its end."""
         scaler, strategy, manual, log, max_steps = run.scaler, run.strategy, run.manual, run.log, self.config.max_steps
-        starts, ends = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
+        starts, ends = run.batch_hooks("on_train_batch_start"), run.batch_hooks("on_train_batch_end")
         accumulate = 1 if manual is not None else self.config.accumulate_in(self.current_epoch)
         weighs, optimizer, several = strategy.weight, run.setups[0].optimizer, run.team.ranks is not None
         training_step, options = run.training_step(), run.step_options()
         own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
         run.open_batches(accumulate)
         first, micro, loss, stopped = self.batch_idx, 1, run.loss, False
-        run.hooks.call("on_train_epoch_start")
 
         while self._steps != max_steps and not stopped:
             # One window: the gradients of up to `accumulate` micro-batches, summed up, with the last also over ranks.
@@ -398,8 +400,8 @@ class Trainer:
         if step is not None and run.remote:
             applied = self._ask_later(run, step)
         elif step is not None:
-            done = bool(step.applied) and not getattr(run.setups[0].optimizer, "step_was_skipped", False)
-            applied = self._count(run, step, done)
+            skipped = run.manual is None and getattr(run.setups[0].optimizer, "step_was_skipped", False)
+            applied = self._count(run, step, bool(step.applied) and not skipped)
         if applied and run.seldom is not None and self._steps % run.setups[0].frequency == 0:
             run.seldom.step()
         if applied and self._steps % config.log_every_n_steps == 0:
@@ -407,7 +409,7 @@ class Trainer:
         every = run.validate_every
         if every is not None and self.batch_idx // every > (self.batch_idx - micro) // every:
             self._validate(run)
-        for hook in run.hooks["on_train_step_end"]:
+        for hook in run.hooks["on_train_step_end"] if step is not None else ():
             hook(step)
         if applied and config.checkpoint_every_n_steps and self._steps % config.checkpoint_every_n_steps == 0:
             self._save(run)
@@ -439,7 +441,8 @@ class Trainer:
         self._pending.append(step)
         self._steps += 1
         marks = (config.log_every_n_steps, config.checkpoint_every_n_steps, run.seldom and run.setups[0].frequency)
-        if self._steps != config.max_steps and not any(mark and self._steps % mark == 0 for mark in marks):
+        due = self._steps == config.max_steps or len(self._pending) == MOST_PENDING
+        if not due and not any(mark and self._steps % mark == 0 for mark in marks):
             return False
         return self._settle(run)
 
@@ -460,7 +463,7 @@ class Trainer:
 
         The loss and what asks for it are means over the ranks, all else rank 0's.
         """
-        step, logged = run.step, run.log.read(run.team, run.mean_loss())
+        step, logged = run.step, run.log.read(run.team, run.mean_loss(), run.total)
         metrics = {"loss": logged.pop("loss"), "lr": float(run.setups[0].optimizer.param_groups[0]["lr"])}
         if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
             metrics["grad_norm"] = step.grad_norm.item()
@@ -473,7 +476,8 @@ class Trainer:
     def _write(self, run: Run, metrics: dict[str, float]) -> None:
         """Give a line of metrics to callbacks and loggers."""
         run.hooks.call("log_metrics", metrics)
-        self.callback_metrics.update({name: value for name, value in metrics.items() if name != "seconds"})
+        known = metrics | run.log.by_plain_name(metrics)
+        self.callback_metrics.update({name: value for name, value in known.items() if name != "seconds"})
         if run.loggers:
             shown = run.log.for_loggers(metrics)
             for logger in run.loggers:
@@ -485,9 +489,7 @@ class Trainer:
         off = (self.current_epoch + 1) % config.check_val_every_n_epoch != 0 or config.limit_val_batches == 0
         if run.val_loader is None or off or run.validated_at == place:
             return {}
-        run.validated_at = place
         run.strategy.send_buffers()
-        run.hooks.call("on_validation_epoch_start")
         with self.ema.swap() if self.ema is not None and self.ema.n_averaged else nullcontext():
             metrics = evaluate(
                 run.module, run.wrap("validation_step"), run.val_loader, run.device, run.team,
@@ -497,10 +499,13 @@ class Trainer:
         if run.progress is not None:
             run.progress.message(f"epoch {self.current_epoch + 1}  validation  {format_metrics(metrics)}")
         run.hooks.call("on_validation_epoch_end")
+        run.validated_at = place
         return metrics
 
     def _end_epoch(self, run: Run, metrics: dict[str, float]) -> None:
         """Write the epoch's means, advance schedules that count epochs, then the epoch."""
+        run.log.take()
+        run.hooks.call_own("on_train_epoch_end")
         means = run.log.close_epoch(run.team)
         if means:
             self._write(run, means)
@@ -553,27 +558,24 @@ class Trainer:
 
     def _evaluate(self, kind: str, method: str, module: Any, loader: Any, datamodule: Any, ckpt_path: Any) -> list[Any]:
         module, compiled, device = self._open(module)
-        config, mode, limit = (
-            self.config,
-            PRECISIONS[self.config.precision],
-            getattr(self.config, f"limit_{kind}_batches"),
-        )
+        config, mode, stage = self.config, PRECISIONS[self.config.precision], "validate" if kind == "val" else kind
+        limit = getattr(config, f"limit_{kind}_batches")
         if kind != "predict" and getattr(type(module), method) is getattr(Module, method):
             raise ValueError(f"{method}: {type(module).__name__} has none")
         with open_team(config.strategy, device) as team:
-            stage = "validate" if kind == "val" else kind
             (loader,) = self._loaders(stage, team, module, {f"{kind}_dataloader": loader}, datamodule)
             check_loader(f"{stage}: dataloaders", loader)
             if ckpt_path is not None:
                 module.load_state_dict(load_checkpoint(ckpt_path)["module"])
             module.to(device=device, dtype=mode.dtype)
-            step = getattr(module, method)
-            step = mode.wrap(step if compiled is None else compiled(step), device.type)
+            step = mode.wrap((compiled or (lambda own: own))(getattr(module, method)), device.type)
             shared = share_val(team, f"{kind}_dataloaders", loader)
             if kind == "predict":
-                found = [predict(module, step, one, device, mode.dtype, limit) for one in several(shared)]
-                return found if len(found) > 1 else found[0]
-            metrics = evaluate(module, step, shared, device, team, kind=kind, dtype=mode.dtype, limit=limit)
+                return predict(module, step, shared, device, mode.dtype, limit)
+            hooks = Hooks(self, module, ()) if kind == "val" else None
+            metrics = evaluate(
+                module, step, shared, device, team, kind=kind, dtype=mode.dtype, limit=limit, hooks=hooks
+            )
             if config.enable_progress_bar:
                 team.say(f"{stage}  {format_metrics(metrics)}")
         return [metrics]

@@ -14,8 +14,9 @@ from torch import Tensor
 from pytrain.callbacks.hooks import Hooks
 from pytrain.launch import Team
 from pytrain.rng import preserved_rng
+from pytrain.shares import several
 from pytrain.trainer.config import Limit, take_of
-from pytrain.trainer.data import loader_length, no_batch_message, several, start_epoch
+from pytrain.trainer.data import loader_length, no_batch_message, start_epoch
 from pytrain.trainer.module import Module
 
 ARGUMENTS = {"val": "val_dataloaders", "test": "test_dataloaders", "predict": "predict_dataloaders"}
@@ -46,7 +47,7 @@ def evaluate(
         kind: "val" or "test".
         dtype: of the batches' floats.
         limit: how many batches of each loader, or which share; None: all.
-        hooks: to call at batches' start and end.
+        hooks: to call at the start and at batches' starts and ends, and the module's own at the end.
 
     Raises:
         ValueError: the loader gave no batch.
@@ -55,11 +56,12 @@ def evaluate(
     starts, ends = [() if hooks is None else hooks[f"on_validation_batch_{when}"] for when in ("start", "end")]
     loaders, log = several(loader), module._logged
     found: dict[str, float] = {}
-    log.take()
     with eval_mode(module):
+        if hooks is not None:
+            hooks.call("on_validation_epoch_start")
         for number, one in enumerate(loaders):
             values: dict[str, list[tuple[Tensor | float, int]]] = {}
-            index = (number,) if len(loaders) > 1 else ()
+            index, suffix = ((number,), f"/dataloader_idx_{number}") if len(loaders) > 1 else ((), "")
             count = 0
             with preserved_rng(device, one):
                 stop = take_of(f"limit_{kind}_batches", limit, loader_length(one))
@@ -73,10 +75,10 @@ def evaluate(
                             given = type(output).__name__
                             word = {"val": "validation"}.get(kind, kind)
                             raise TypeError(f"{word}_step must return a scalar tensor or None, got {given}")
-                        module.log(f"{kind}_loss", output)
-                    logged, size = log.take()
-                    for name, value in logged.items():
-                        values.setdefault(name, []).append((value, size))
+                        if f"{kind}_loss" not in log.step:
+                            module.log(f"{kind}_loss", output)
+                    for name, weighed in log.take_weighed().items():
+                        values.setdefault(log.epoch_name(name), []).append(weighed)
                     for hook in ends:
                         hook(output, batch, count - 1)
             own = {name: [(float(value) * size, size) for value, size in pairs] for name, pairs in values.items()}
@@ -86,26 +88,33 @@ def evaluate(
             names = dict.fromkeys(name for _, parts in everyone for name in parts)
             means = {name: _mean([pair for _, parts in everyone for pair in parts.get(name, ())]) for name in names}
             means |= log.close_metrics()
-            suffix = f"/dataloader_idx_{number}" if index else ""
             found |= {name + suffix: value for name, value in means.items()}
+        if hooks is not None:
+            hooks.call_own("on_validation_epoch_end")
+            found |= log.read_step(team) | log.close_metrics()
     return found
 
 
 def predict(
     module: Module, step: Callable[..., Any], loader: Any, device: torch.device, dtype: torch.dtype | None, limit: Limit
 ) -> list[Any]:
-    """Return what the step gives for every batch, in their order; arguments are those of `evaluate`."""
-    with eval_mode(module), preserved_rng(device, loader):
-        stop = take_of("limit_predict_batches", limit, loader_length(loader))
-        return [step(batch, i) for i, batch in enumerate(islice(start_epoch(loader, 0, device, dtype), stop))]
+    """Return what the step gives for every batch, in their order, a list a loader; arguments are `evaluate`'s."""
+    loaders, found = several(loader), []
+    for number, one in enumerate(loaders):
+        index = (number,) if len(loaders) > 1 else ()
+        with eval_mode(module), preserved_rng(device, one):
+            stop = take_of("limit_predict_batches", limit, loader_length(one))
+            batches = islice(start_epoch(one, 0, device, dtype), stop)
+            found.append([step(batch, i, *index) for i, batch in enumerate(batches)])
+    return found if len(found) > 1 else found[0]
 
 
 @contextmanager
 def eval_mode(module: Module) -> Iterator[None]:
-    """Without gradients and in eval mode; every submodule is in its own mode again afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    log, training = module._logged, module._logged.training
-    log.training = False
+    """Without gradients, in eval mode and with a log of its own; all is as it was again afterwards."""
+    modes, log = [(part, part.training) for part in module.modules()], module._logged
+    before = log.step, log.metrics, log.batch, log.training
+    log.step, log.metrics, log.batch, log.training = {}, {}, None, False
     module.eval()
     try:
         with torch.no_grad():
@@ -113,7 +122,7 @@ def eval_mode(module: Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-        log.step, log.size, log.training, log.batch = {}, None, training, None
+        log.step, log.metrics, log.batch, log.training = before
 
 
 def _mean(pairs: list[tuple[float, int]]) -> float:
