@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 StrategyName = Literal["auto", "single", "ddp", "zero1", "zero2"]
 STRATEGIES = get_args(StrategyName)
 PATIENCE = 60.0  # seconds that the first rank waits, at its end, for those that it has started
+SHORT_PATIENCE = 5.0  # the same after an error, and what a rank has to come to its own end when another is gone
+_PARENT = "PYTRAIN_PARENT"  # in a started rank's environment: the process that has started it
 STOPPED = 143  # the exit code after a signal: 128 + SIGTERM, as shells have it
 _starts = count()
 
@@ -195,42 +199,110 @@ def _meeting() -> tuple[Any, int, int]:
     return meeting
 
 
-def start_ranks(devices: int) -> None:
+def start_ranks(devices: int, strategy: StrategyName | Maker) -> None:
     """Run this program again, once for each further rank, as torchrun does; this process is rank 0 from now on.
 
-    Does nothing under a launcher, or where this was called before. The others end with this process.
+    Does nothing under a launcher, or where this was called before. The others end with this process, and it with them
+    where one fails.
 
     Raises:
         RuntimeError: there is no program to run again, as in a notebook.
+        ValueError: the strategy is that of one process.
     """
+    if _PARENT in os.environ:
+        _watch_parent(int(os.environ.pop(_PARENT)))
+    if devices > 1 and strategy == "single":
+        raise ValueError(
+            f"Trainer: devices={devices} are several ranks, strategy='single' is this process alone; leave it \"auto\""
+        )
     if devices == 1 or under_torchrun():
         return
-    program = sys.orig_argv[1:]
-    if hasattr(sys, "ps1") or not program or "ipykernel" in sys.modules:
+    reason = _why_not_again()
+    if reason is not None:
         raise RuntimeError(
-            f"Trainer: devices={devices} runs the program again for each rank, and this is an interactive session; put "
-            f"it in a file, or start it by torchrun --nproc-per-node {devices} file.py"
+            f"Trainer: devices={devices} runs the program again for each rank, and {reason}; put it in a file, or "
+            f"start it by torchrun --nproc-per-node {devices} file.py"
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // devices))}
+    if "OMP_NUM_THREADS" not in os.environ:  # as many on every rank
+        shared["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // devices)
+        torch.set_num_threads(shared["OMP_NUM_THREADS"])
     os.environ |= {name: str(value) for name, value in (shared | {"RANK": 0, "LOCAL_RANK": 0}).items()}
-    others = [
-        subprocess.Popen([sys.executable, *program], env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(1, devices)
-    ]
+    program, others = [sys.executable, *sys.orig_argv[1:]], []
+    for rank in range(1, devices):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _PARENT: str(os.getpid())}
+        others.append(subprocess.Popen(program, env=os.environ | own))
     atexit.register(_end, others)
+    threading.Thread(target=_watch_ranks, args=(others,), daemon=True).start()
+
+
+def _why_not_again() -> str | None:
+    """Why this program cannot be run again; None: it can."""
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules or "-i" in sys.orig_argv[1:2]:
+        return "this is an interactive session"
+    if multiprocessing.parent_process() is not None:
+        return "this is a process that another has started to run one function"
+    if "-c" not in sys.orig_argv and not hasattr(sys.modules["__main__"], "__file__"):
+        return "it came in by the standard input"
+    return None
+
+
+def _watch_parent(parent: int) -> None:
+    """In a started rank: end with the process that has started it, which may be killed before the ranks have met."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(SHORT_PATIENCE)  # an error of its own says more
+        _leave(1, "rank 0 is gone, and this rank ends too")
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _watch_ranks(others: list[subprocess.Popen[bytes]]) -> None:
+    """In the first rank: end where another has failed, which this one may be waiting for in vain."""
+    while not any(map(_failed, others)):
+        if all(other.poll() is not None for other in others):
+            return
+        time.sleep(0.2)
+    time.sleep(SHORT_PATIENCE)  # for an error of its own
+    _end(others)
+
+
+def _failed(other: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended, and not as all ranks do."""
+    return other.poll() not in (None, 0, STOPPED)
 
 
 def _end(others: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for the other ranks, and end those that do not."""
-    for other in others:
-        try:
-            other.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+    """Wait for the other ranks, and end those that do not end; where one has failed, this process fails too."""
+    own_error = hasattr(sys, "last_value")
+    late = time.monotonic() + (SHORT_PATIENCE if own_error or any(map(_failed, others)) else PATIENCE)
+    while any(other.poll() is None for other in others) and time.monotonic() < late:
+        time.sleep(0.02)
+    numbered = list(enumerate(others, 1))
+    why = [f"rank {rank} ended with exit code {each.returncode}" for rank, each in numbered if _failed(each)]
+    for rank, other in numbered:
+        if other.poll() is None:
+            why.append(f"rank {rank} did not come to its end, and was killed")
             other.terminate()
+            try:
+                other.wait(SHORT_PATIENCE)
+            except subprocess.TimeoutExpired:
+                other.kill()
+                other.wait()
+    if why and not own_error:
+        _leave(1, "; ".join(why))
+
+
+def _leave(code: int, why: str) -> None:
+    """End this process from any thread, whatever it waits for."""
+    print(f"pytrain: {why}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 class Stoppable(Protocol):
@@ -260,9 +332,32 @@ def seconds_of(value: Any) -> float | None:
 
 @dataclass
 class Stops:
-    """What has been asked of the run under way."""
+    """What has been asked of the run under way.
+
+    Args:
+        signal: which came first; 0: none.
+        leave: a signal came to one of the ranks, and all know of it.
+    """
 
     signal: int = 0
+    leave: bool = False
+
+    def agree(self, team: Team) -> bool:
+        """Have all ranks know whether a signal came to any of them."""
+        self.leave = any(team.gather(bool(self.signal))) or self.leave
+        return self.leave
+
+    def obey(self, team: Team, finish: Callable[[], None], step: int) -> None:
+        """End the program where a signal came, as soon as `finish` has written what there is.
+
+        Raises:
+            SystemExit: it came.
+        """
+        if self.agree(team):
+            finish()
+            team.gather(None)  # no rank ends, and has a launcher end all, before the file is there
+            team.say(f"stopped by a signal at step {step}; ckpt_path='last' goes on from there")
+            raise SystemExit(STOPPED)
 
 
 @contextmanager
@@ -293,4 +388,7 @@ def watch(trainer: Stoppable, *, max_time: float | None, signals: bool) -> Itera
         if timer is not None:
             timer.cancel()
         for one in watched:
-            signal.signal(one, signal.SIG_DFL)
+            if signal.getsignal(one) is stop:  # else somebody has set another since
+                signal.signal(one, signal.SIG_DFL)
+    if stops.signal and not stops.leave:
+        signal.raise_signal(stops.signal)  # it came when all was done: it ends the program, as it would a moment later

@@ -6,15 +6,17 @@ endian), its SHA-256.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
 import pickle
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import EnumMeta
 from pathlib import Path
+from threading import Thread
 from typing import IO, Any, BinaryIO, cast
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 _MAGIC = b"PTRNCKPT"
 _SEAL_BYTES = len(_MAGIC) + 8 + 32
 _CHUNK = 1 << 20
+NAME = re.compile(r"step-\d{8,}\.ckpt")
 
 
 class CheckpointError(RuntimeError):
@@ -37,6 +40,7 @@ class _HashingFile(io.RawIOBase):
         self._file = file
         self.digest = hashlib.sha256()
         self.length = 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -44,7 +48,11 @@ class _HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.length += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def seal(self) -> bytes:
         return _MAGIC + self.length.to_bytes(8, "little") + self.digest.digest()
@@ -63,7 +71,12 @@ def write_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -
     try:
         with open(temporary, "w+b") as file:
             archive = _HashingFile(file)
-            torch.save(dict(payload), cast("IO[bytes]", archive))
+            try:
+                torch.save(dict(payload), cast("IO[bytes]", archive))
+            except RuntimeError:
+                if archive.error is None:
+                    raise
+                raise archive.error from None  # torch's says nothing of a full disk
             file.flush()
             file.seek(0)
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -78,8 +91,10 @@ def write_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not say what it was to hold
         raise
     sync_folder(path.parent)
 
@@ -111,6 +126,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"checkpoint {path} holds objects that are not safe to load: {error}") from error
+
+
+def verify_seal(path: Path) -> None:
+    """Read a file once, and raise CheckpointError where it is damaged."""
+    with open(path, "rb") as file:
+        _verify_seal(file, path)
 
 
 def _verify_seal(file: BinaryIO, path: Path) -> None:
@@ -176,7 +197,7 @@ def read_pickle(data: bytes, allowed: Collection[tuple[str, str]]) -> Any:
 class CheckpointFolder:
     """The automatic checkpoints of one run: step-<n>.ckpt, of which the newest `keep` stay (None: all).
 
-    Only files that this run wrote, or resumed from, are ever removed.
+    Only files that this run wrote, before or after it was resumed, are ever removed.
 
     Args:
         folder: where they are.
@@ -187,60 +208,125 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int | None, *, background: bool = False) -> None:
         self._folder, self._keep, self._background = folder, keep, background
         self._own: list[Path] = []
-        self._writing: Future[None] | None = None
+        self._writing: Thread | None = None
+        self._error: BaseException | None = None
 
     def newest(self, others: Sequence[Path] = ()) -> Path | None:
-        """Return the last written checkpoint that is whole, in this folder and others; None: there is none.
+        """Return the last written checkpoint that is whole, in this folder and others; None: there is none at all.
 
-        Says so where it had to pass over a damaged one.
+        Says so where it had to pass over a damaged one, and removes what a kill has left half written.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
         """
-        found = {path for folder in (self._folder, *others) for path in folder.glob("*.ckpt")}
-        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        folders = {folder.resolve() for folder in (self._folder, *others)}
+        found = [path for folder in folders for path in folder.glob("*.ckpt") if path.is_file()]
+        damaged: list[str] = []
+        chosen = None
+        for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
             try:
-                read_checkpoint(path)
+                verify_seal(path)
             except CheckpointError as error:
-                print(f"pytrain: {error}; going on from the one before", file=sys.stderr, flush=True)
+                damaged.append(str(error))
             else:
-                return path
-        return None
+                chosen = path
+                break
+        if chosen is None and damaged:
+            raise CheckpointError(
+                "ckpt_path='last': there are checkpoints, but none is whole; move them away to start anew, or name one "
+                "that lies elsewhere:\n  " + "\n  ".join(damaged)
+            )
+        for line in [*damaged, f"going on from {chosen}, the newest that is whole"] if damaged else ():
+            print(f"pytrain: {line}", file=sys.stderr, flush=True)
+        remove(path for folder in folders for path in folder.glob(".*.ckpt.tmp"))
+        return chosen
 
-    def adopt(self, path: Path) -> None:
-        """Count `path`, where it lies in this folder, as the newest of this run; remove the oldest beyond `keep`."""
-        if path.parent.resolve() != self._folder.resolve() or not path.name.startswith("step-"):
+    @property
+    def names(self) -> list[str]:
+        """Of the files that this run has, or has just removed, the newest last; none where all stay."""
+        return [path.name for path in self._own]
+
+    def adopt(self, path: Path, names: Sequence[str]) -> None:
+        """Go on from `path`, where the run had files of these names, if they are in this run's folders."""
+        home = self._folder.resolve()
+        if not path.resolve().is_relative_to(home.parent):
             return
-        self._own = [own for own in self._own if own != path] + [path]
-        while self._keep is not None and len(self._own) > self._keep:
-            self._own.pop(0).unlink(missing_ok=True)
+        self._own = [self._folder / name for name in names]
+        if path.parent.resolve() == home and NAME.fullmatch(path.name):  # else a ModelCheckpoint looks after it
+            remove(self._count(self._folder / path.name))
 
     def save(self, step: int, payload: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of an applied step, then remove the oldest ones. Return its path."""
+        """Write the checkpoint of an applied step, then remove the oldest ones. Return its path.
+
+        Raises:
+            CheckpointError: as `write_checkpoint`; or the one before could not be written in the background.
+            OSError: this one cannot be written.
+        """
         path = self._folder / f"step-{step:08d}.ckpt"
         self.wait()
         if not self._background:
-            self._write(path, payload)
+            write_checkpoint(path, payload)
+            remove(self._count(path))
             return path
-        pool = ThreadPoolExecutor(1, thread_name_prefix="pytrain-checkpoint")
-        self._writing = pool.submit(self._write, path, copied(payload))
-        pool.shutdown(wait=False)
+        work = path, copied(payload), self._count(path)
+        self._writing = Thread(target=self._write, args=work, name="pytrain-checkpoint")
+        self._writing.start()
         return path
 
     def wait(self) -> None:
-        """Return when all is written; raises what writing has raised."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Return when all is written.
 
-    def _write(self, path: Path, payload: Mapping[str, Any]) -> None:
-        write_checkpoint(path, payload)
-        self.adopt(path)
+        Raises:
+            CheckpointError: it could not be.
+        """
+        if self._writing is not None:
+            self._writing.join()
+        error, self._writing, self._error = self._error, None, None
+        if error is not None:
+            raise CheckpointError(f"an automatic checkpoint could not be written in the background: {error}") from error
+
+    def _count(self, path: Path) -> list[Path]:
+        """Count `path` as the newest; return those that are to go for it.
+
+        One more than `keep` is remembered: it may be there yet while the newest is being written.
+        """
+        if self._keep is None:
+            return []
+        own = [own for own in self._own if own != path] + [path]
+        self._own = own[-self._keep - 1 :]
+        return own[: -self._keep]
+
+    def _write(self, path: Path, payload: Mapping[str, Any], surplus: Sequence[Path]) -> None:
+        try:
+            write_checkpoint(path, payload)
+            remove(surplus)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the thread that waits has to see it
+            self._error = error
 
 
-def copied(value: Any) -> Any:
-    """Return a copy of a tree of plain data and tensors, on the CPU: what is written while training goes on."""
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files, those that are there."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def copied(value: Any, known: dict[Any, Tensor] | None = None) -> Any:
+    """Return a copy of a tree of plain data and tensors, on the CPU: what is written while training goes on.
+
+    A tensor that stands in it twice, such as a tied weight, is copied once.
+    """
+    known = {} if known is None else known
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        plain = value.layout == torch.strided and value.numel() > 0
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if plain else id(value)
+        if key not in known:
+            known[key] = value.detach().to("cpu", copy=True)
+        return known[key]
     if isinstance(value, dict):
-        return type(value)((key, copied(each)) for key, each in value.items())
+        twin = copy.copy(value)  # of its own class, such as a Counter, and with its attributes
+        for name, each in value.items():
+            twin[name] = copied(each, known)
+        return twin
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(copied(each) for each in value)
-    return value
+        return type(value)(copied(each, known) for each in value)
+    return copy.copy(value) if isinstance(value, (set, bytearray)) else value

@@ -88,6 +88,14 @@ class MetricLog:
         """A run begins."""
         self.step, self.sums, self.metrics, self._shown = {}, {}, {}, {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch's means, and their names, depend on: for a run that goes on inside the epoch."""
+        return {"sums": dict(self.sums), "options": dict(self._options)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.sums, self._options = dict(state["sums"]), dict(state["options"])
+
     def take(self) -> dict[str, Number]:
         """Return what was logged since the last call, and forget it."""
         self._shown, self.step = self.step, {}

@@ -12,12 +12,13 @@ from torch import Tensor
 from pytrain.sealed import CheckpointError, CheckpointFolder, read_checkpoint, write_checkpoint
 from pytrain.trainer.optimizers import OptimizerSetup
 
-FORMAT = 4
+FORMAT = 5
 KEYS = frozenset(
     {
         "format", "precision", "module", "optimizers", "schedulers", "scaler", "ema", "epoch", "global_step",
         "batch_idx", "skipped_steps", "skipped_in_a_row", "metrics_lines", "callback_metrics", "callbacks",
         "hyper_parameters", "hiddens", "loader", "rng", "epoch_rng", "data_seed", "validated_at", "logged",
+        "epoch_ended", "checkpoints",
     }
 )  # fmt: skip
 NAMES = {"scaler": "a loss scaler", "ema": "weight averages"}

@@ -56,6 +56,7 @@ class Run:
         seldom: a schedule that advances at every so-manieth step only, which the trainer counts.
         loss, total, step: of the window just done: the sum of the weighted losses, and of the weights.
         validated_at: epoch and batch of the last validation.
+        epoch_ended: all know of the epoch's end, and only its count is still to rise.
 
     Raises:
         What `Trainer.fit` says.
@@ -114,6 +115,7 @@ class Run:
         if not module.training:
             module.train()
         self.skipped_in_a_row = 0
+        self.inside_window = self.epoch_ended = False
         self.validated_at: tuple[int, int] | None = None
         self.log, self.loss, self.total = module._logged, torch.zeros(()), 1.0
         self.log.forget()
@@ -124,7 +126,7 @@ class Run:
         trainer.begin(saved)
         if saved is not None:
             self._restore(saved)
-            self.checkpoints.adopt(Path(path))
+            self.checkpoints.adopt(Path(path), saved["checkpoints"])
         elif config.seed is not None and team.rank > 0:
             seed_all(team.seed_of(config.seed))
         first, total = team.rank == 0, config.total_steps(self.length)
@@ -134,7 +136,6 @@ class Run:
         self.progress: Progress | None = make_progress(trainer.global_step, total) if bar else None
         self.started = perf_counter()
         self.batches: Iterator[tuple[Any, bool]] = iter(())
-        self.inside_window = False
         self.step: StepInfo | None = None
         self.seldom: LRScheduler | None = None
         self._last_states: list[Any] | None = None
@@ -234,7 +235,7 @@ class Run:
             "epoch_rng": self.epoch_rng,
             "loader": self.loader_state(),
             "hiddens": None if self._time is None else self._time.hiddens,
-            "logged": self.log.sums,
+            "logged": self.log.state_dict(),
         }
         return self.team.gather(to_device(own, torch.device("cpu")))
 
@@ -300,10 +301,12 @@ class Run:
             state = saved["callbacks"].get(key_of(each))
             if state is not None and hasattr(each, "load_state_dict"):
                 each.load_state_dict(state)
-        self.skipped_in_a_row, self.validated_at = saved["skipped_in_a_row"], saved["validated_at"]
+        for name in ("skipped_in_a_row", "validated_at", "epoch_ended"):
+            setattr(self, name, saved[name])
         self._resume_rng, self.epoch_rng = restore_ranks_rng(saved, self.team, self.train_loader)
         if rank < len(saved["loader"]):
-            self._resume_loader, self.log.sums = saved["loader"][rank], dict(saved["logged"][rank])
+            self._resume_loader = saved["loader"][rank]
+            self.log.load_state_dict(saved["logged"][rank])
             self._time = InTime(to_device(saved["hiddens"][rank], self.device))
 
     def state(self) -> dict[str, Any]:
@@ -338,6 +341,8 @@ class Run:
             **{name: [own[name] for own in states] for name in states[0]},
             "data_seed": self.data_seed,
             "validated_at": self.validated_at,
+            "epoch_ended": self.epoch_ended,
+            "checkpoints": self.checkpoints.names,
         }
         self.hooks.call("on_save_checkpoint", state)
         return state

@@ -20,7 +20,7 @@ from pytrain.amp import name_of
 from pytrain.callbacks.hooks import Hooks
 from pytrain.callbacks.progress import format_metrics
 from pytrain.ema import EMA
-from pytrain.launch import STOPPED, Maker, StrategyName, Team, open_team, start_ranks, watch
+from pytrain.launch import Maker, Stops, StrategyName, Team, open_team, start_ranks, watch
 from pytrain.lightning import refuse_arguments
 from pytrain.shares import share_val
 from pytrain.steps import StepInfo
@@ -190,20 +190,18 @@ class Trainer:
                 kind = type(module)
                 if kind.validation_step is Module.validation_step:
                     raise ValueError(f"fit: val_dataloaders is given, but {kind.__name__} has no validation_step")
-            run = Run(self, team, module, compiled, loaders, device, ckpt_path)
-            status = "failed"
+            run, status = Run(self, team, module, compiled, loaders, device, ckpt_path), "failed"
             try:
                 run.hooks.call("on_fit_start")
-                while not self._finished(run):
-                    epoch_complete = self._train_epoch(run)
-                    if not any(team.gather(stops.signal)):
+                while not (stops.leave or self._finished(run)):
+                    epoch_complete = self._train_epoch(run, stops)
+                    if not stops.leave:
                         metrics = self._validate(run)
                         if epoch_complete:
                             self._end_epoch(run, metrics)
-                    path = self._save(run) if config.enable_checkpointing else None
-                    if any(team.gather(stops.signal)):  # also one that came just now
-                        team.say(f"stopped by a signal; {path} is where ckpt_path='last' goes on")
-                        raise SystemExit(STOPPED)
+                    if config.enable_checkpointing:
+                        self._save(run)
+                stops.obey(team, run.checkpoints.wait, self.global_step)
                 run.hooks.call("on_fit_end")
                 run.let_go()
                 status = "success"
@@ -323,7 +321,7 @@ class Trainer:
             return True
         return config.limit_train_batches == 0 or any(run.team.gather(self.should_stop))
 
-    def _train_epoch(self, run: Run) -> bool:
+    def _train_epoch(self, run: Run, stops: Stops) -> bool:
         """Train through the rest of an epoch, or up to a limit. Return whether the epoch came to its end."""
         scaler, strategy, manual, log, max_steps = run.scaler, run.strategy, run.manual, run.log, self.config.max_steps
         starts, ends = run.batch_hooks("on_train_batch_start"), run.batch_hooks("on_train_batch_end")
@@ -385,11 +383,13 @@ class Trainer:
         if manual is not None:
             manual.close()  # the window that found no more batches
         self.should_stop = stopped or self.should_stop
+        stops.agree(run.team)
         if self.batch_idx == 0 and not stopped:
             raise ValueError(no_batch_message("train_dataloaders", run.train_loader))
         if self.batch_idx > first:
             self._draw(run)
-            if self.global_step % self.config.log_every_n_steps != 0:
+            # A run that a signal stops goes on later, and is to have no line more than others.
+            if self.batch_idx != run.length and not stops.leave and self.global_step % self.config.log_every_n_steps:
                 self._log(run)
         return micro == 0 or self.batch_idx == run.length
 
@@ -404,7 +404,8 @@ class Trainer:
             applied = self._count(run, step, bool(step.applied) and not skipped)
         if applied and run.seldom is not None and self._steps % run.setups[0].frequency == 0:
             run.seldom.step()
-        if applied and self._steps % config.log_every_n_steps == 0:
+        last = self.batch_idx == run.length and self.global_step % config.log_every_n_steps != 0
+        if last or (applied and self._steps % config.log_every_n_steps == 0):
             self._log(run)
         every = run.validate_every
         if every is not None and self.batch_idx // every > (self.batch_idx - micro) // every:
@@ -498,33 +499,33 @@ class Trainer:
         self._write(run, metrics)
         if run.progress is not None:
             run.progress.message(f"epoch {self.current_epoch + 1}  validation  {format_metrics(metrics)}")
+        run.validated_at = place  # a checkpoint that a callback takes now has it all
         run.hooks.call("on_validation_epoch_end")
-        run.validated_at = place
         return metrics
 
     def _end_epoch(self, run: Run, metrics: dict[str, float]) -> None:
         """Write the epoch's means, advance schedules that count epochs, then the epoch."""
-        run.log.take()
-        run.hooks.call_own("on_train_epoch_end")
-        means = run.log.close_epoch(run.team)
-        if means:
-            self._write(run, means)
-        run.hooks.call("on_train_epoch_end")
+        if not run.epoch_ended:
+            run.log.take()
+            run.hooks.call_own("on_train_epoch_end")
+            means = run.log.close_epoch(run.team)
+            if means:
+                self._write(run, means)
+            run.epoch_ended = True  # a checkpoint that a callback takes now has it all
+            run.hooks.call("on_train_epoch_end")
         for setup in run.setups:
             scheduler = setup.scheduler
             due = (self.current_epoch + 1) % setup.frequency == 0 and run.manual is None
             if isinstance(scheduler, ReduceLROnPlateau) and setup.monitor is not None and due:
                 found = metrics or self.callback_metrics
                 if setup.monitor not in found:
-                    raise ValueError(
-                        f"configure_optimizers: monitor {setup.monitor!r} is not among the validation metrics "
-                        f"{list(metrics)}"
-                    )
+                    name = f"configure_optimizers: monitor {setup.monitor!r}"
+                    raise ValueError(f"{name} is not among the validation metrics {list(metrics)}")
                 scheduler.step(found[setup.monitor])
             elif scheduler is not None and setup.interval == "epoch" and due:
                 scheduler.step()
         self.current_epoch += 1
-        self.batch_idx = 0
+        self.batch_idx, run.epoch_ended = 0, False
 
     def _save(self, run: Run) -> Path | None:
         state = run.state()
@@ -541,7 +542,7 @@ class Trainer:
         if first is None:
             raise ValueError(f"fit: module {type(module).__name__} has no parameters to train")
         if self.config.devices != "auto":
-            start_ranks(self.config.devices)
+            start_ranks(self.config.devices, self.config.strategy)
         self.config.apply()
         module._trainer = self
         return module, compiled, self.config.device_for(first.device)

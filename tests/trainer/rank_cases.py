@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 from trainer_cases import Validated, make_trainer, noisy_loader, read_metrics
 
-from pytrain import parallel
+from pytrain import parallel, sealed
 from pytrain.optim import AdamW
 from pytrain.trainer import Module
 
@@ -246,3 +248,47 @@ def draws(group: Group, folder: Path) -> Any:
 
     make_trainer(folder, strategy="ddp", max_steps=1, seed=7).fit(Draws(), joined(1))
     return seen
+
+
+class StoppedRank(Regression):
+    """Rank 1 alone gets a signal in one phase of the first epoch."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__()
+        self.phase = phase if dist.get_rank() == 1 else ""
+
+    def come_by(self, phase: str) -> None:
+        if phase == self.phase:
+            self.phase = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_fit_start(self) -> None:
+        self.come_by("start")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.come_by({1: "step", 2: "last step"}.get(batch_idx, "another"))
+        loss = super().training_step(batch, batch_idx)
+        self.log("both", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.come_by("validation")
+        return super().validation_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        self.come_by("epoch end")
+
+
+def stopped(group: Group, folder: Path, settings: dict[str, Any], phase: str) -> Any:
+    """The exit code, or the parameters at the end; the step; and how many checkpoints were written by this rank."""
+    rank, size = place(group)
+    module, trainer, writes = StoppedRank(phase), make_trainer(folder, **settings), []
+    real = sealed.write_checkpoint
+    sealed.write_checkpoint = lambda *arguments: (writes.append(arguments), real(*arguments))[1]
+    try:
+        trainer.fit(module, part(joined(3), rank, size), part(joined(2), rank, size), ckpt_path="last")
+    except SystemExit as left:
+        return left.code, trainer.global_step, len(writes)
+    finally:
+        sealed.write_checkpoint = real
+    return [p.detach().clone() for p in module.parameters()], trainer.global_step, len(writes)
