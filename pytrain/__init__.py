@@ -13,11 +13,13 @@ from pytrain.steps import StepInfo, open_step, step
 if TYPE_CHECKING:
     from pytrain import callbacks, ema, grads, loggers, parallel
     from pytrain.callbacks import Callback
-    from pytrain.trainer import Module, Trainer
+    from pytrain.rng import seed_everything
+    from pytrain.trainer import DataModule, Module, Trainer
 
 __all__ = [
     "Callback",
     "ClipGroup",
+    "DataModule",
     "Module",
     "StepInfo",
     "Trainer",
@@ -30,6 +32,7 @@ __all__ = [
     "open_step",
     "optim",
     "parallel",
+    "seed_everything",
     "step",
 ]
 
@@ -40,7 +43,9 @@ def __getattr__(name: str) -> Any:
         return import_module(f"pytrain.{name}")
     if name == "Callback":
         return import_module("pytrain.callbacks").Callback
-    if name in ("Module", "Trainer"):
+    if name == "seed_everything":
+        return import_module("pytrain.rng").seed_everything
+    if name in ("DataModule", "Module", "Trainer"):
         from pytrain import trainer
 
         return getattr(trainer, name)

@@ -22,6 +22,22 @@ def seed_all(seed: int) -> None:
         numpy.random.seed(seed)
 
 
+def seed_everything(seed: int, workers: bool = False) -> int:
+    """Seed torch (all devices), python's random and numpy; return the seed.
+
+    Args:
+        seed: 0 to 2**32 - 1.
+        workers: taken for Lightning's sake; torch seeds a DataLoader's workers from its own generator in any case.
+
+    Raises:
+        ValueError: the seed is out of its range.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed_everything: seed must be an int from 0 to 2**32 - 1, got {seed!r}")
+    seed_all(seed)
+    return seed
+
+
 def order_seed(loader: Iterable[Any], seed: int | None) -> int:
     """Return the seed of an order that ranks share: that of the loader's own generator, else `seed`, else 0."""
     generators = _loader_generators(loader)
