@@ -60,7 +60,7 @@ class Policy(pytrain.Module):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-steps", type=int, default=60)
+    parser.add_argument("--max-steps", type=int, default=40)
     steps = parser.parse_args(argv).max_steps
     pytrain.seed_everything(0)
     policy = Policy()
