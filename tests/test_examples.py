@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 Learned = Callable[[float, float], bool]
 
-# For each its quick arguments, and what (untrained, trained) must be after them and after all steps: an accuracy, a loss
+# For each its quick arguments, and what (untrained, trained) must be after them and after all steps: accuracy, loss
 # in nats (3.2 a character is what knowing the letters' frequencies gives), an error or distance, steps of a game.
 CASES: dict[str, tuple[list[str], Learned, Learned]] = {
     "autoencoder": (["--max-steps", "150"], lambda a, b: b < a / 2, lambda a, b: b < a / 4),

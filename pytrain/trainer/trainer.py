@@ -363,8 +363,6 @@ class Trainer:
                 loss = part.detach() if micro == 0 else loss + part.detach()
                 micro, total = micro + 1, total + weight
             if micro == 0:
-                if manual is not None:
-                    manual.close()
                 break
 
             # One step: check, unscale, divide and clip the gradients; parameters, averages, loss scale, schedule. A

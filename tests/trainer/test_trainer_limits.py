@@ -1,4 +1,4 @@
-"""Limits: how many batches, steps, epochs and seconds, when to validate, and truncated back-propagation; with resume."""
+"""Limits: how many batches, steps, epochs and seconds, when to validate, and truncated back-propagation, resumed."""
 
 from __future__ import annotations
 
@@ -138,7 +138,13 @@ def test_overfitting_goes_on_with_its_batches_after_a_resume(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("interval", "epoch", "places"),
-    [(2, 1, [2, 4, 5, 7, 9, 10]), (0.4, 1, [2, 4, 5, 7, 9, 10]), (1.0, 1, [5, 10]), (None, 2, [10]), (2, 2, [7, 9, 10])],
+    [
+        (2, 1, [2, 4, 5, 7, 9, 10]),
+        (0.4, 1, [2, 4, 5, 7, 9, 10]),
+        (1.0, 1, [5, 10]),
+        (None, 2, [10]),
+        (2, 2, [7, 9, 10]),
+    ],
 )
 def test_validation_comes_at_its_intervals_and_goes_on_bit_for_bit(
     interval: Any, epoch: int, places: list[int], tmp_path: Path
