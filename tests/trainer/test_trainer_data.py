@@ -1,4 +1,4 @@
-"""Where the trainer's batches come from: data modules, loaders of the module, streams, loaders that know their place."""
+"""Where batches come from: data modules, loaders of the module, streams, loaders that know their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What modules log: by step and by epoch, in training and validation, numbers and torchmetrics, on ranks; never early."""
+"""What modules log: by step and by epoch, in training and validation, numbers and torchmetrics, on ranks."""
 
 from __future__ import annotations
 
@@ -228,7 +228,10 @@ def test_a_metric_is_written_by_step_and_by_epoch_as_asked(
     make = Most if kind == 0 else kinds()[1]
     module = Measured(make, on_step=on_step, on_epoch=on_epoch)
     make_trainer(tmp_path, max_epochs=1).fit(module, data([3.0, 1.0]))
-    by_step, by_epoch = on_step or (on_step is None and on_epoch is False), on_epoch or (on_epoch is None and not on_step)
+    by_step, by_epoch = (
+        on_step or (on_step is None and on_epoch is False),
+        on_epoch or (on_epoch is None and not on_step),
+    )
     both = bool(on_step and on_epoch)
     steps = [{"most" + "_step" * both: value} for value in (3.0, 1.0)] if by_step else []
     assert rows_of(tmp_path) == steps + ([{"most" + "_epoch" * both: 3.0}] if by_epoch else [])
@@ -239,7 +242,9 @@ def test_a_metric_that_computes_several_numbers_is_named(tmp_path: Path) -> None
         def compute(self) -> Any:
             return {"a": 1.0}
 
-    with pytest.raises(TypeError, match="the metric 'most' must compute one number, Two gives a dict; log its values by"):
+    with pytest.raises(
+        TypeError, match="the metric 'most' must compute one number, Two gives a dict; log its values by"
+    ):
         make_trainer(tmp_path, max_epochs=1).fit(Measured(Two), data())
 
 
