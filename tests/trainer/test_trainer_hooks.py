@@ -244,9 +244,7 @@ def test_hooks_that_are_not_overridden_are_not_called(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("owner", ["module", "callback"])
-def test_every_hook_of_lightnings_that_there_is_not_is_an_error_with_an_alternative(
-    owner: str, tmp_path: Path
-) -> None:
+def test_every_hook_of_lightnings_that_there_is_not_is_an_error_with_an_alternative(owner: str, tmp_path: Path) -> None:
     for name, instead in HOOKS_NOT_OFFERED.items():
         base: Any = Classifier if owner == "module" else Callback
         other: Any = type("Other", (base,), {name: lambda self, *args: None})()
