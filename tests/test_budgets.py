@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path
-    for folder in ("pytrain", "csrc", "tests", "benchmarks", "tools")
+    for folder in ("pytrain", "csrc", "tests", "benchmarks", "tools", "examples")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from pytrain import backend
 from pytrain.optim import AdamW
+from pytrain.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -113,3 +116,17 @@ def test_formulas_and_continued_lines_become_markdown() -> None:
     text, sections = make_docs.split("One.\n\n.. math::\n    a \\cdot\n    b\n\nArgs:\n    x, y: long\n        line.\n")
     assert text == "One.\n\n```math\na \\cdot\nb\n```"
     assert make_docs.arguments(sections["Args"]) == "- `x`, `y`: long line."
+
+
+def test_the_trainers_table_has_every_argument_with_its_default() -> None:
+    text = (ROOT / "docs" / "trainer.md").read_text()
+    table = text[text.index("| argument | default |") :].partition("\n\n")[0]
+    rows = [[cell.strip().strip("`") for cell in line.split(" | ")[:2]] for line in table.splitlines()[2:]]
+    documented = {name.removeprefix("| `"): default for name, default in rows}
+    parameters = inspect.signature(Trainer).parameters.values()
+    assert documented == {
+        one.name: json.dumps(one.default) if isinstance(one.default, str) else repr(one.default)
+        for one in parameters
+        if one.kind is one.KEYWORD_ONLY
+    }
+    assert len(rows) == len(documented) > 30

@@ -155,7 +155,7 @@ class Manual:
             if self._show is not None:
                 self._show(optimizer, 1.0)
             info = self._window.step(optimizer, **options)
-        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # it has copies of the weights before the step
+        torch.clear_autocast_cache()  # it has copies of the weights before the step
         self._infos.append(info)
         return info
 

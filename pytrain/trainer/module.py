@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -225,6 +226,6 @@ def loss_of(output: Any, *, manual: bool) -> tuple[Tensor, float]:
         what = f"a dict with keys {list(output)}" if isinstance(output, dict) else type(output).__name__
         raise TypeError(f'training_step must return the loss, a tensor, or a dict with it as "loss"; got {what}')
     weight = float(output.get("weight", 1)) if isinstance(output, dict) else 1.0
-    if not weight > 0:
-        raise ValueError(f'training_step: "weight" must be > 0, got {weight}')
+    if not 0 < weight < math.inf:
+        raise ValueError(f'training_step: "weight" must be a finite number > 0, got {weight}')
     return loss, weight

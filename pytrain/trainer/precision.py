@@ -58,4 +58,5 @@ PRECISIONS = {
     "bf16-true": PrecisionMode(dtype=torch.bfloat16),
     "fp16-true": PrecisionMode(dtype=torch.float16, loss_scaling=True),
 }
-ALIASES = {32: "32", "32-true": "32", "16-mixed": "fp16-mixed", "16-true": "fp16-true", "bf16": "bf16-mixed"}
+ALIASES = {32: "32", "32-true": "32", "16-true": "fp16-true", "bf16": "bf16-mixed"}
+ALIASES |= dict.fromkeys((16, "16", "16-mixed"), "fp16-mixed")
