@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 import pytrain
 
@@ -129,3 +132,15 @@ def test_info_names_the_version_and_the_backend() -> None:
     text = output(sys.executable, "-m", "pytrain", "info")
     assert pytrain.__version__ in text
     assert "native" in text
+
+
+def test_seed_everything_repeats_the_random_numbers_of_torch_python_and_numpy() -> None:
+    def drawn() -> tuple[float, float, float]:
+        assert pytrain.seed_everything(7, workers=True) == 7
+        return torch.rand(()).item(), random.random(), float(numpy.random.rand())
+
+    first = drawn()
+    assert drawn() == first
+    for seed in (-1, 2**32, 0.5):
+        with pytest.raises(ValueError, match=r"seed must be an int from 0 to 2\*\*32 - 1"):
+            pytrain.seed_everything(seed)

@@ -45,7 +45,12 @@ def test_the_first_run_works_from_an_empty_folder(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append(done.stdout + done.stderr)
     assert "epoch 20" in said[0] and "epoch 21" not in said[0]
-    assert "epoch 21" in said[2] and "epoch 20 " not in said[2] and "epoch 40" in said[2]
+    assert (
+        "after 20 epochs and 320 steps" in said[2]
+        and "epoch 21" in said[2]
+        and "epoch 20 " not in said[2]
+        and "epoch 40" in said[2]
+    )
     lines = [json.loads(line) for line in (tmp_path / "pytrain_logs" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["val_loss"] for line in lines if "val_loss" in line]
     assert len(held_out) == 40 and held_out[-1] < 0.02 < held_out[0]  # twice the variance of the noise in the data
