@@ -108,10 +108,8 @@ class Run:
         for setup, strategy in zip(self.setups, self.strategies, strict=True):
             if show is not None:
                 strategy.show_gradients(partial(show, setup.optimizer))
-        self.manual: Manual | None = None
-        if not module.automatic_optimization:
-            self.manual = Manual(self.setups, self.strategies, self.scaler, trainer, show)
-        module._manual = self.manual
+        parts = self.setups, self.strategies, self.scaler, trainer, show
+        self.manual = module._manual = None if module.automatic_optimization else Manual(*parts)
         if not module.training:
             module.train()
         self.skipped_in_a_row = 0

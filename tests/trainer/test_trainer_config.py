@@ -22,7 +22,7 @@ from pytrain.trainer import Module, Trainer
         ("max_epochs", 1.5, "int >= 1"),
         ("max_steps", -2, "int >= 1"),
         ("max_steps", True, "int >= 1"),
-        ("precision", "16", "bf16-mixed"),
+        ("precision", "8", "bf16-mixed"),
         ("precision", 64, "bf16-mixed"),
         ("accumulate_grad_batches", 0, "int >= 1"),
         ("accumulate_grad_batches", None, "int >= 1"),
