@@ -166,6 +166,21 @@ def test_a_run_that_goes_on_from_another_folder_removes_nothing_of_the_same_name
     assert names(tmp_path / "a" / "checkpoints") == [step_file(tmp_path, step).name for step in (3, 4)]
 
 
+def test_a_file_whose_removal_a_kill_has_cut_off_goes_with_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 is written and step 1 still there when another checkpoint is taken, and the process is killed."""
+    first = CheckpointFolder(tmp_path / "checkpoints", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "remove", lambda paths: None)
+        for step in (1, 2, 3):
+            first.save(step, {"x": 1})
+    second = CheckpointFolder(tmp_path / "checkpoints", 2)
+    second.adopt(tmp_path / "best" / "another.ckpt", first.names)
+    second.save(4, {"x": 1})
+    assert names(tmp_path / "checkpoints") == ["step-00000003.ckpt", "step-00000004.ckpt"]
+
+
 # ---- in the background ----------------------------------------------------------------------------------------------
 
 
