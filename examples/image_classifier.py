@@ -27,7 +27,7 @@ class Digits(pytrain.DataModule):
 
 
 class Classifier(pytrain.Module):
-    def __init__(self, steps, lr=3e-3):
+    def __init__(self, lr=3e-3):
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
@@ -53,7 +53,7 @@ class Classifier(pytrain.Module):
 
     def configure_optimizers(self):
         optimizer = pytrain.optim.AdamW(self.parameters(), lr=self.hparams.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams.steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -62,7 +62,7 @@ def main(argv=None):
     parser.add_argument("--max-steps", type=int, default=200)
     steps = parser.parse_args(argv).max_steps
     torch.manual_seed(0)
-    module, data = Classifier(steps), Digits()
+    module, data = Classifier(), Digits()
     trainer = pytrain.Trainer(max_steps=steps, default_root_dir="runs/classifier", callbacks=[LearningRateMonitor()])
     before = trainer.validate(module, datamodule=data)[0]["val_accuracy"]
     trainer.fit(module, datamodule=data)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +46,10 @@ def to_onnx(module: nn.Module, path: str | os.PathLike[str], example: Example, *
             raise ExportError(f"to_onnx needs {name} ({error}): pip install pytrain[export]") from error
     args, kwargs, shapes = _read(module, example, dynamic_batch, "to_onnx")
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    with evaluating(module):
+    with evaluating(module), warnings.catch_warnings():
+        # Words of torch to its own developers, and of what a module without torchvision cannot miss.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
         program = torch.onnx.export(module, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
     assert program is not None
     program.save(Path(path), external_data=size > ONE_FILE)

@@ -26,11 +26,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 
 
-def _check_count(name: str, value: Any, *, optional: bool = False, low: int = 1) -> None:
+def _check_count(name: str, value: Any, *, optional: bool = False, low: int = 1, also: str = "") -> None:
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        kind = f"an int >= {low}" + (" or None" if optional else "")
+        kind = f"an int >= {low}" + (" or None" if optional else also)
         raise ValueError(f"Trainer: {name} must be {kind}, got {value!r}")
 
 
@@ -113,7 +113,10 @@ class TrainerConfig:
         own["callbacks"] = tuple(sorted(listed, key=lambda each: hasattr(each, "dirpath")))  # what saves comes last
         own["precision"] = ALIASES.get(precision, precision) if isinstance(precision, (str, int)) else precision
         own |= {name: None for name in ("max_steps", "max_epochs") if own[name] == -1}  # as Lightning says "no limit"
-        own["default_root_dir"], own["max_time"] = Path(own["default_root_dir"]), seconds_of(own["max_time"])
+        folder, own["max_time"] = own["default_root_dir"], seconds_of(own["max_time"])
+        if not isinstance(folder, (str, os.PathLike)):
+            raise ValueError(f"Trainer: default_root_dir must be a path, got {folder!r}")
+        own["default_root_dir"] = Path(folder)
         config = TrainerConfig(**own)
         few = config.fast_dev_run
         if not few:
@@ -138,7 +141,7 @@ class TrainerConfig:
             _check_count("accumulate_grad_batches", count)
             _check_count("accumulate_grad_batches: an epoch", epoch, low=0)
         if self.devices != "auto":
-            _check_count("devices", self.devices)
+            _check_count("devices", self.devices, also=', or "auto"')
         _check_count("seed", self.seed, optional=True, low=0)
         few = self.fast_dev_run
         _check_count("fast_dev_run", int(few) if isinstance(few, bool) else few, low=0)
@@ -151,7 +154,7 @@ class TrainerConfig:
             _check_limit(name, getattr(self, name))
         if self.val_check_interval == 0:
             raise ValueError("Trainer: val_check_interval must be > 0 batches or a share > 0 of an epoch, got 0")
-        if self.precision not in PRECISIONS:
+        if self.precision not in list(PRECISIONS):
             raise ValueError(f"Trainer: precision must be one of {sorted(PRECISIONS)}, got {self.precision!r}")
         if not (callable(self.strategy) or self.strategy in STRATEGIES):
             raise ValueError(

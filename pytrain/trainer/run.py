@@ -126,6 +126,7 @@ class Run:
         trainer.begin(saved)
         if saved is not None:
             self._restore(saved)
+            team.say(f"going on from {path}, after {trainer.current_epoch} epochs and {trainer.global_step} steps")
             self.checkpoints.adopt(Path(path), saved["checkpoints"])
         elif config.seed is not None and team.rank > 0:
             seed_all(team.seed_of(config.seed))

@@ -177,7 +177,7 @@ class Trainer:
             SystemExit: a signal has stopped the run, and a checkpoint is written.
         """
         config, self.should_stop = self.config, False
-        module, compiled, device = self._open(module)
+        module, compiled, device = self._open("fit", module)
         given = {"train_dataloader": train_dataloaders, "val_dataloader": val_dataloaders}
         with (
             open_team(config.strategy, device) as team,
@@ -534,14 +534,14 @@ class Trainer:
 
     # ---- what all loops begin with ------------------------------------------------------------------------------
 
-    def _open(self, module: Any) -> tuple[Module, Callable[..., Any] | None, torch.device]:
+    def _open(self, method: str, module: Any) -> tuple[Module, Callable[..., Any] | None, torch.device]:
         """Check the module, start the ranks; return it, what torch.compile has made around it, and its device."""
         compiled, module = getattr(module, "dynamo_ctx", None), getattr(module, "_orig_mod", module)
         if not isinstance(module, Module):
-            raise TypeError(f"fit: module must be a pytrain.Module, got {type(module).__name__}")
+            raise TypeError(f"{method}: module must be a pytrain.Module, got {type(module).__name__}")
         first = next(module.parameters(), None)
         if first is None:
-            raise ValueError(f"fit: module {type(module).__name__} has no parameters to train")
+            raise ValueError(f"{method}: module {type(module).__name__} has no parameters")
         if self.config.devices != "auto":
             start_ranks(self.config.devices, self.config.strategy)
         self.config.apply()
@@ -559,8 +559,8 @@ class Trainer:
         return open_data(team, stage, owners, given)
 
     def _evaluate(self, kind: str, method: str, module: Any, loader: Any, datamodule: Any, ckpt_path: Any) -> list[Any]:
-        module, compiled, device = self._open(module)
         config, mode, stage = self.config, PRECISIONS[self.config.precision], "validate" if kind == "val" else kind
+        module, compiled, device = self._open(stage, module)
         limit = getattr(config, f"limit_{kind}_batches")
         if kind != "predict" and getattr(type(module), method) is getattr(Module, method):
             raise ValueError(f"{method}: {type(module).__name__} has none")

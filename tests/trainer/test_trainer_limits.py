@@ -1,4 +1,4 @@
-"""Limits: how many batches, steps, epochs and seconds, when to validate, and truncated back-propagation, resumed."""
+"""Limits of batches, steps, epochs and time, when to validate, and truncated back-propagation; with resume."""
 
 from __future__ import annotations
 
