@@ -520,8 +520,7 @@ class Trainer:
             if isinstance(scheduler, ReduceLROnPlateau) and setup.monitor is not None and due:
                 found = metrics or self.callback_metrics
                 if setup.monitor not in found:
-                    name = f"configure_optimizers: monitor {setup.monitor!r}"
-                    raise ValueError(f"{name} is not among the validation metrics {list(metrics)}")
+                    raise ValueError(f"monitor {setup.monitor!r} is not among the validation metrics {list(metrics)}")
                 scheduler.step(found[setup.monitor])
             elif scheduler is not None and setup.interval == "epoch" and due:
                 scheduler.step()

@@ -208,7 +208,9 @@ def test_what_was_done_at_an_epochs_end_is_not_done_again_and_nothing_is_left_ou
             self.ended += 1
 
     def train(folder: Path, ckpt_path: Path | None) -> Any:
-        saves = ModelCheckpoint(tmp_path / folder.name / "best", filename="ended", save_top_k=-1)
+        saves = ModelCheckpoint(
+            tmp_path / folder.name / "best", filename="ended", save_top_k=-1, save_on_train_epoch_end=True
+        )
         settings = {**SAVING, "checkpoint_every_n_steps": 1, "keep_checkpoints": None, "callbacks": saves}
         module, trainer = Ends(), make_trainer(folder, **settings)
         if ckpt_path is not None:
