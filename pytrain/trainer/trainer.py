@@ -164,13 +164,14 @@ class Trainer:
                 module's, else the module's `train_dataloader()` returns.
             val_dataloaders: batches for `validation_step`, or a list of several DataLoaders; None: as above.
             datamodule: makes the loaders.
-            ckpt_path: a checkpoint to go on from, bit for bit; "last" is the newest whole one in `default_root_dir`, or
-                a fresh start where there is none.
+            ckpt_path: a checkpoint to go on from, bit for bit; "last" is the newest whole one in `default_root_dir` and
+                the folders of ModelCheckpoints, or a fresh start where there is none.
 
         Raises:
             TypeError, ValueError: module or loaders are unfit, or the module's methods return unfit values.
             NotImplementedError: the module has several optimizers and does not step them itself, or lacks a method.
-            CheckpointError: the checkpoint is damaged or does not fit.
+            CheckpointError: the checkpoint (of the last ones: each) is damaged, or it does not fit; or one could not be
+                written in the background.
             RuntimeError: the ranks' models, settings, checkpoints or numbers of batches differ; see `pytrain.parallel`.
             FloatingPointError: 64 steps in a row met an inf or nan, the last at the lowest loss scale if there is one.
             SystemExit: a signal has stopped the run, and a checkpoint is written.
@@ -519,8 +520,7 @@ class Trainer:
             if isinstance(scheduler, ReduceLROnPlateau) and setup.monitor is not None and due:
                 found = metrics or self.callback_metrics
                 if setup.monitor not in found:
-                    name = f"configure_optimizers: monitor {setup.monitor!r}"
-                    raise ValueError(f"{name} is not among the validation metrics {list(metrics)}")
+                    raise ValueError(f"monitor {setup.monitor!r} is not among the validation metrics {list(metrics)}")
                 scheduler.step(found[setup.monitor])
             elif scheduler is not None and setup.interval == "epoch" and due:
                 scheduler.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from trainer_cases import Classifier, Mean, assert_same_bits, batches, make_trai
 
 from pytrain import sealed
 from pytrain.callbacks import ModelCheckpoint
+from pytrain.launch import Team
 from pytrain.sealed import CheckpointFolder, copied, read_checkpoint, write_checkpoint
 from pytrain.trainer import CheckpointError, Trainer, load_checkpoint
 
@@ -166,6 +168,21 @@ def test_a_run_that_goes_on_from_another_folder_removes_nothing_of_the_same_name
     assert names(tmp_path / "a" / "checkpoints") == [step_file(tmp_path, step).name for step in (3, 4)]
 
 
+def test_a_file_whose_removal_a_kill_has_cut_off_goes_with_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 is written and step 1 still there when another checkpoint is taken, and the process is killed."""
+    first = CheckpointFolder(tmp_path / "checkpoints", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "remove", lambda paths: None)
+        for step in (1, 2, 3):
+            first.save(step, {"x": 1})
+    second = CheckpointFolder(tmp_path / "checkpoints", 2)
+    second.adopt(tmp_path / "best" / "another.ckpt", first.names)
+    second.save(4, {"x": 1})
+    assert names(tmp_path / "checkpoints") == ["step-00000003.ckpt", "step-00000004.ckpt"]
+
+
 # ---- in the background ----------------------------------------------------------------------------------------------
 
 
@@ -208,6 +225,29 @@ def test_what_is_written_is_the_state_of_the_moment_of_the_save(
         for each in (found, expected):
             each["callback_metrics"].pop("seconds", None)
         assert_same_bits(found, expected)
+
+
+def test_a_stopped_run_says_so_when_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real, there = Gate(monkeypatch), CheckpointFolder.wait, []
+
+    def opens(folder: CheckpointFolder) -> None:
+        gate.open.set()
+        real(folder)
+
+    class Stops(Mean):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                monkeypatch.setattr(
+                    CheckpointFolder, "wait", lambda folder: None if not gate.threads else opens(folder)
+                )
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(Team, "say", lambda team, text: there.append((text, step_file(tmp_path, 3).exists())))
+    trainer = make_trainer(tmp_path, max_steps=9, enable_checkpointing=True, async_checkpoints=True)
+    with pytest.raises(SystemExit):
+        trainer.fit(Stops(), [torch.ones(1)] * 9)
+    assert there == [("stopped by a signal at step 3; ckpt_path='last' goes on from there", True)]
 
 
 def test_a_full_disk_in_the_background_ends_the_run_at_the_next_save_and_names_the_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ import rank_cases as cases
 from pool import Pool
 from trainer_cases import Mean, Validated, assert_same_bits, make_trainer, noisy_loader, read_metrics
 
+from pytrain.callbacks import ModelCheckpoint
 from pytrain.trainer import load_checkpoint
 
 STOPPED = 143
@@ -191,6 +193,38 @@ def test_time_that_is_over_before_the_first_step_is_over(tmp_path: Path) -> None
     trainer = make_trainer(tmp_path, max_time=0.05, enable_checkpointing=True)
     trainer.fit(Slow())
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("file", ["ended.ckpt", "step-00000006.ckpt"])
+def test_what_was_done_at_an_epochs_end_is_not_done_again_and_nothing_is_left_out(file: str, tmp_path: Path) -> None:
+    """From inside the epoch's end, and from the last step, which no line was due for."""
+
+    class Ends(Stopped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ended", torch.zeros(()))
+
+        def on_train_epoch_end(self) -> None:
+            self.ended += 1
+
+    def train(folder: Path, ckpt_path: Path | None) -> Any:
+        saves = ModelCheckpoint(
+            tmp_path / folder.name / "best", filename="ended", save_top_k=-1, save_on_train_epoch_end=True
+        )
+        settings = {**SAVING, "checkpoint_every_n_steps": 1, "keep_checkpoints": None, "callbacks": saves}
+        module, trainer = Ends(), make_trainer(folder, **settings)
+        if ckpt_path is not None:
+            folder.mkdir()
+            shutil.copy(tmp_path / "whole" / "metrics.jsonl", folder)
+        trainer.fit(module, noisy_loader(), noisy_loader(), ckpt_path=ckpt_path)
+        return module, read_metrics(folder)
+
+    whole, lines = train(tmp_path / "whole", None)
+    path = next((tmp_path / "whole").rglob(file))
+    resumed, resumed_lines = train(tmp_path / "resumed", path)
+    assert resumed_lines == lines and [row["step"] for row in lines if "lr" in row] == [4, 6, 8, 12]
+    assert whole.ended == 2
+    assert_same_bits(dict(resumed.state_dict()), dict(whole.state_dict()))
 
 
 # ---- on two ranks ---------------------------------------------------------------------------------------------------
