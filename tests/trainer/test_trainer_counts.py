@@ -133,6 +133,7 @@ print(remote, [(counts, saved, rows) for _, counts, saved, rows in ends])
 """
 
 
+@pytest.mark.slow
 def test_the_simulated_device_counts_as_the_host(tmp_path: Path) -> None:
     """The CUDA kernels' own source on the CPU, where it is built (tests/simt/build.py)."""
     tests = Path(__file__).parents[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from trainer_cases import Classifier, Mean, Validated, assert_same_bits, batches, make_trainer, read_metrics
 
@@ -208,6 +209,34 @@ def test_gradients_that_are_looked_at_are_unscaled_and_averaged_and_step_as_thos
     norms = [torch.stack([g.double().square().sum() for g in grads]).sum().sqrt() for grads in seen]
     applied = [norm.item() for norm in norms if norm.isfinite()]  # the first scale is too high for some
     assert applied and [row["grad_norm"] for row in read_metrics(tmp_path)] == pytest.approx(applied, rel=1e-12)
+
+
+class SeesRanks(Mean):
+    """Halves the gradients that it sees, and notes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.w.grad is not None
+        self.seen.append(self.w.grad.item())
+        self.w.grad.mul_(0.5)
+
+
+def sees_ranks(group: Any, folder: Path, precision: Any) -> Any:
+    rank = dist.get_rank(group)
+    module = SeesRanks()
+    data = [torch.full((1,), value + rank) for value in (1.0, 2.0, 3.0, 4.0)]
+    settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "precision": precision}
+    make_trainer(folder, strategy="ddp", **settings).fit(module, data)
+    return module.seen, module.w.item()
+
+
+@pytest.mark.parametrize("precision", ["32", "fp16-mixed"])
+def test_on_two_ranks_the_hook_sees_the_mean_of_all(two: Any, precision: Any, tmp_path: Path) -> None:
+    for seen, w in two.run(2, sees_ranks, tmp_path, precision):
+        assert seen == [2.0, 4.0] * 2 and w == -6.0
 
 
 def test_a_hook_may_change_the_gradients(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_cases import Classifier, Mean, Validated, assert_same_bits, batches, make_trainer, read_metrics
@@ -297,6 +298,20 @@ def test_a_run_in_parts_goes_on_inside_a_batch_and_its_limits_are_of_batches(lim
     make_trainer(tmp_path / "rows", max_epochs=1, limit_train_batches=limit).fit(module, data)
     assert module.hooked[1:] == [0, 0, 0, 1, 2, 2, 2][: 4 if limit else None]
     check_resume(tmp_path, Recurrent, lambda: (data,), [1, 2, 3, 4], max_epochs=2, limit_train_batches=limit)
+
+
+def ranks_in_parts(group: Any, folder: Path, path: Path | None) -> Any:
+    rank, module = dist.get_rank(group), Recurrent()
+    settings: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": True, "checkpoint_every_n_steps": 1}
+    trainer = make_trainer(folder, strategy="ddp", keep_checkpoints=None, **settings)
+    trainer.fit(module, [(x[rank::2], y[rank::2]) for x, y in sequences(9, 9)], ckpt_path=path)
+    return dict(module.lstm.state_dict())
+
+
+def test_each_rank_goes_on_with_its_own_hidden_state(two: Any, tmp_path: Path) -> None:
+    whole = two.run(2, ranks_in_parts, tmp_path / "whole", None)
+    path = tmp_path / "whole" / "checkpoints" / "step-00000002.ckpt"
+    assert_same_bits(two.run(2, ranks_in_parts, tmp_path / "again", path), whole)
 
 
 def test_a_checkpoint_that_a_callback_takes_goes_on_as_the_automatic_ones(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,6 @@ from pytrain.amp import LossScaler
 from pytrain.ema import EMA
 from pytrain.optim import SGD, AdamW
 from pytrain.trainer import Module, load_checkpoint
-
-if sys.platform == "linux" and dist.is_available():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-    from pool import Pool
 
 
 def nets(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -312,15 +306,6 @@ def ranks_fp16(group: Any, folder: Path) -> str:
     except NotImplementedError as error:
         return str(error)
     return "no error"
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Any]:
-    if sys.platform != "linux" or not dist.is_available():
-        pytest.skip("the ranks' processes are tested on Linux")
-    ranks = Pool(2)
-    yield ranks
-    ranks.close()
 
 
 def test_a_gan_on_two_ranks_is_that_of_one_on_the_joined_batches(two: Any, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ import pytrain
 from pytrain.amp import LossScaler
 from pytrain.optim import SGD, AdamW
 from pytrain.trainer import Module, load_checkpoint
-
-if sys.platform == "linux" and dist.is_available():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-    from pool import Pool
 
 TRUE = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16}
 KEEPING: dict[str, dict[str, Any]] = {
@@ -164,15 +159,9 @@ def ranks_tokens(group: Any, folder: Path, window: int, bare: bool) -> Any:
     return module.w.item(), read_metrics(folder)
 
 
-def test_two_ranks_take_the_mean_over_the_tokens_of_both_and_log_it(tmp_path: Path) -> None:
-    if sys.platform != "linux" or not dist.is_available():
-        pytest.skip("the ranks' processes are tested on Linux")
-    ranks = Pool(2)
-    try:
-        for window in (1, 2):
-            after, losses = expected(tokens(), 2 * window)
-            for w, rows in ranks.run(2, ranks_tokens, tmp_path / str(window), window, False):
-                assert w == pytest.approx(after[-1], rel=1e-12)
-                assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-12)
-    finally:
-        ranks.close()
+def test_two_ranks_take_the_mean_over_the_tokens_of_both_and_log_it(two: Any, tmp_path: Path) -> None:
+    for window in (1, 2):
+        after, losses = expected(tokens(), 2 * window)
+        for w, rows in two.run(2, ranks_tokens, tmp_path / str(window), window, False):
+            assert w == pytest.approx(after[-1], rel=1e-12)
+            assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ from pytrain.optim import AdamW
 from pytrain.trainer import Trainer, load_checkpoint
 
 STRATEGIES = ("ddp", "zero1", "zero2")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Pool]:
-    ranks = Pool(2)
-    yield ranks
-    ranks.close()
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
