@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Callback:
     """Override what you need; the trainer calls only what a class overrides.
 
-    Hooks run on all ranks, callbacks' in their order and then the module's own, which at the end of an epoch or validation
-    comes first, so that what it logs is among the metrics. What a callback must remember beyond an
+    Hooks run on all ranks, callbacks' in their order and then the module's own; at the end of an epoch or validation
+    the module's comes first, so that what it logs is among the metrics. What a callback must remember beyond an
     interruption goes through `state_dict`. `trainer.global_step` may have to be asked of a device: not at every step.
     """
 
@@ -34,7 +34,7 @@ class Callback:
         """Take back what `state_dict` returned; comes before `on_fit_start`."""
 
     def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        """A run begins; no checkpoint was used yet. `stage` is "fit": callbacks have no part in validate and the like."""
+        """A run begins; no checkpoint was used yet. `stage` is "fit": callbacks take no part in validate or test."""
 
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         """The run is set up, from a checkpoint or anew; nothing was trained yet."""

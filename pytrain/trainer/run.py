@@ -105,9 +105,8 @@ class Run:
             team.check_alike("the checkpoint", [f"{key} {saved[key]}" for key in ("epoch", "global_step", "batch_idx")])
         self.strategies = [team.strategy(module, setup.optimizer) for setup in self.setups]
         show = self._show if self.hooks["on_before_optimizer_step"] else None
-        for setup, strategy in zip(self.setups, self.strategies, strict=True):
-            if show is not None:
-                strategy.show_gradients(partial(show, setup.optimizer))
+        for setup, strategy in zip(self.setups, self.strategies, strict=True) if show is not None else ():
+            strategy.show_gradients(partial(self._show, setup.optimizer))
         self.manual: Manual | None = None
         if not module.automatic_optimization:
             self.manual = Manual(self.setups, self.strategies, self.scaler, trainer, show)
@@ -224,8 +223,7 @@ class Run:
         if not known or self.module.tbptt_steps is not None:  # which may be inside a batch
             return None
         with preserved_rng(self.device, loader):  # at an epoch's end torchdata's starts the next one for it
-            state: dict[str, Any] = loader.state_dict()
-        return state
+            return dict(loader.state_dict())
 
     def rank_states(self) -> list[dict[str, Any]]:
         """What every rank has of its own, now or at the run's end, by the names that checkpoints have for it."""
