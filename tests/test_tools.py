@@ -86,7 +86,7 @@ def test_every_rule_codec_and_format_has_mutants_and_some_are_killed() -> None:
 def test_a_mutant_that_no_test_kills_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harmless = mutate_rules.Mutant("codecs", "core/random.h", 10, "", "")
+    harmless = mutate_rules.Mutant("codecs", "core/random.h", 4, "", "")
     monkeypatch.setattr(mutate_rules, "mutants", lambda csrc, parts: iter([harmless]))
     assert mutate_rules.main(["--only", "codecs"]) == 1
     assert "SURVIVED" in capsys.readouterr().out

@@ -34,7 +34,7 @@ class Callback:
         """Take back what `state_dict` returned; comes before `on_fit_start`."""
 
     def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        """A run begins; no checkpoint was used yet. `stage` is "fit": callbacks have no part in `validate` and others."""
+        """A run begins; no checkpoint was used yet. `stage` is "fit": callbacks take no part in validate or test."""
 
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         """The run is set up, from a checkpoint or anew; nothing was trained yet."""
