@@ -162,7 +162,7 @@ def pytrain_fit(clock: Clock, folder: Path, frames: Frames, **settings: Any) -> 
 def pytrain_whole(clock: Clock, folder: Path, frames: Frames) -> nn.Module:
     """The same with a bar, TensorBoard and automatic checkpoints."""
     loggers = TensorBoardLogger(folder / "tensorboard")
-    on = {"enable_progress_bar": True, "enable_checkpointing": True, "checkpoint_every_n_steps": 10 * LOG_EVERY}
+    on = {"enable_progress_bar": True, "enable_checkpointing": True, "checkpoint_every_n_steps": 1000}
     return pytrain_fit(clock, folder, frames, logger=loggers, **on)
 
 

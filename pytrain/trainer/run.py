@@ -113,6 +113,7 @@ class Run:
         if not module.training:
             module.train()
         self.skipped_in_a_row = 0
+        self.tells = module.automatic_optimization and hasattr(self.setups[0].optimizer, "storage")  # step_was_skipped
         self.inside_window = self.epoch_ended = False
         self.validated_at: tuple[int, int] | None = None
         self.log, self.loss, self.total = module._logged, torch.zeros(()), 1.0

@@ -402,7 +402,7 @@ class Trainer:
             applied = self._ask_later(run, step)
         elif step is not None:
             skipped = run.manual is None and getattr(run.setups[0].optimizer, "step_was_skipped", False)
-            applied = self._count(run, step, bool(step.applied) and not skipped)
+            applied = self._count(run, step, not skipped and (run.tells or bool(step.applied)))
         if applied and run.seldom is not None and self._steps % run.setups[0].frequency == 0:
             run.seldom.step()
         last = self.batch_idx == run.length and self.global_step % config.log_every_n_steps != 0
