@@ -113,11 +113,11 @@ class MetricLog:
         return {name: float(value) for name, value in last.items() if self._options.get(name, PLAIN)[0]}
 
     def read(self, team: Team, loss: float, weight: float) -> dict[str, float]:
-        """Return the loss as a mean over the ranks, by their weights, and this step's values."""
+        """Return the loss, if it weighs anything, as a mean over the ranks by their weights, and this step's values."""
         if team.size > 1:
-            product, total = team.means([loss * weight, weight])
-            loss = product / total
-        return {"loss": loss} | {
+            product, weight = team.means([loss * weight, weight])
+            loss = product / weight if weight else loss
+        return ({"loss": loss} if weight else {}) | {
             name + "_step" * (self._options[name][3] is True): x for name, x in self.read_step(team).items()
         }
 

@@ -218,9 +218,9 @@ class Module(Exportable, Hyperparameters):
 
 
 def loss_of(output: Any, *, manual: bool) -> tuple[Tensor, float]:
-    """Return the loss in what training_step returned, where that was not a plain tensor, and its weight."""
+    """Return the loss in what training_step returned, where that was not a plain tensor, and its weight; 0: none."""
     if output is None and manual:
-        return torch.zeros(()), 1
+        return torch.zeros(()), 0
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         what = f"a dict with keys {list(output)}" if isinstance(output, dict) else type(output).__name__

@@ -147,7 +147,7 @@ class Run:
 
     def mean_loss(self) -> float:
         """Of the window just done; waits for the device."""
-        return self.loss.item() / self.total
+        return self.loss.item() / (self.total or 1)
 
     def step_options(self) -> dict[str, Any]:
         """The options of every `pytrain.step`."""

@@ -408,8 +408,7 @@ class Trainer:
         last = self.batch_idx == run.length and self.global_step % config.log_every_n_steps != 0
         if last or (applied and self._steps % config.log_every_n_steps == 0):
             self._log(run)
-        every = run.validate_every
-        if every is not None and self.batch_idx // every > (self.batch_idx - micro) // every:
+        if (every := run.validate_every) is not None and self.batch_idx // every > (self.batch_idx - micro) // every:
             self._validate(run)
         for hook in run.hooks["on_train_step_end"] if step is not None else ():
             hook(step)
@@ -457,7 +456,7 @@ class Trainer:
 
     def _draw(self, run: Run) -> None:
         if run.progress is not None:
-            metrics = {"loss": run.mean_loss(), **run.log.shown()}
+            metrics = ({"loss": run.mean_loss()} if run.total else {}) | run.log.shown()
             run.progress.draw(epoch=self.current_epoch, step=self.global_step, metrics=metrics)
 
     def _log(self, run: Run) -> None:
@@ -466,7 +465,8 @@ class Trainer:
         The loss and what asks for it are means over the ranks, all else rank 0's.
         """
         step, logged = run.step, run.log.read(run.team, run.mean_loss(), run.total)
-        metrics = {"loss": logged.pop("loss"), "lr": float(run.setups[0].optimizer.param_groups[0]["lr"])}
+        metrics = {"loss": logged.pop("loss")} if "loss" in logged else {}  # manual optimization may return none
+        metrics["lr"] = float(run.setups[0].optimizer.param_groups[0]["lr"])
         if step is not None and self.config.gradient_clip_algorithm == "norm" and self.config.gradient_clip_val:
             metrics["grad_norm"] = step.grad_norm.item()
         if run.scaler is not None:

@@ -292,6 +292,15 @@ def test_what_was_logged_is_written_and_no_step_loops_over_max_steps(tmp_path: P
     assert (trainer.current_epoch, trainer.batch_idx) == (1, 1)
 
 
+def test_a_step_that_returns_no_loss_has_none_among_its_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tmp_path, max_epochs=1, enable_progress_bar=True).fit(Gan(), data(2))
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 2 and all("loss" not in row and row["lr"] > 0 for row in rows)
+    assert "step 2/2" in (printed := capsys.readouterr().out) and "loss" not in printed
+
+
 def ranks_gan(group: Any, folder: Path, batches: int) -> Any:
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     module = Gan(dtype=torch.float64, seed=rank)
