@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -27,7 +28,12 @@ CASES: dict[str, tuple[list[str], Learned, Learned]] = {
 
 def run(path: Path, arguments: list[str]) -> tuple[float, float]:
     """What its `main` returns: how well the untrained model does, and the trained one."""
-    before, after = runpy.run_path(str(path))["main"](arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of which small models gain, where other tests run beside them
+    try:
+        before, after = runpy.run_path(str(path))["main"](arguments)
+    finally:
+        torch.set_num_threads(threads)
     return float(before), float(after)
 
 
