@@ -93,9 +93,11 @@ def command_of(training: str | os.PathLike[str]) -> list[str]:
 
 def _run_file(command: list[str], folder: Path, *, steps: int, seed: int) -> None:
     program = [sys.executable, "-m", "pytrain.parity.run", str(folder), str(steps), str(seed), *command]
-    # The same order of sets in both; and pytrain as it is here, whatever the file's own folder holds.
+    # The same order of sets in both; pytrain as it is here, whatever the file's own folder holds; and what a file says
+    # stays before its error.
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    fixed = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**os.environ, **fixed}
     done = subprocess.run(
         program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

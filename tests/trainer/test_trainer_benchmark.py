@@ -24,7 +24,8 @@ def test_rows_are_complete_and_pytrain_makes_the_fewest_calls(
     assert list(rows) == list(bench_trainer.CONTESTANTS)
     assert all(row["seconds"] > 0 and row["calls"] > 100 for row in rows.values())
     ours = rows["pytrain"]
-    assert ours["calls"] <= rows["torch loop"]["calls"] < rows["Accelerate"]["calls"] < rows["Lightning"]["calls"]
+    others = min(rows[name]["calls"] for name in ("Accelerate", "Lightning"))
+    assert ours["calls"] <= rows["torch loop"]["calls"] < others
     assert ours["frames"]["training_step"] <= 4 and ours["frames"]["optimizer"] <= 3
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
