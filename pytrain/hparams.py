@@ -36,8 +36,15 @@ class Hyperparameters:
             ignore: names that are not kept, such as a module's.
 
         Raises:
+            TypeError: a name is no str.
             ValueError: there is no such argument.
         """
+        for i, name in enumerate((*names, *ignore)):
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"save_hyperparameters: argument {i} must be the name of an argument of __init__, a str, got "
+                    f"{type(name).__name__}; without names all arguments are kept"
+                )
         frame = inspect.currentframe()
         caller = None if frame is None else frame.f_back
         values = {} if caller is None else dict(inspect.getargvalues(caller).locals)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from pytrain import ema
-from pytrain.callbacks.base import Callback, say, train_batches
+from pytrain.callbacks.base import Callback, say
+from pytrain.tbptt import InTime, in_parts
 
 if TYPE_CHECKING:
     from pytrain.steps import StepInfo
@@ -72,7 +72,7 @@ class StochasticWeightAveraging(Callback):
 
     Raises:
         ValueError: an argument is out of its range; at the start of the run: it does not fit the optimizers, or a share
-            of the epochs is given and the trainer has no max_epochs.
+            of the epochs is given and the trainer has no max_epochs; or BatchNorm meets manual optimization.
 
     Source: Izmailov et al. 2018, algorithm 1 (arXiv:1803.05407); the rates are those of torch.optim.swa_utils.SWALR.
     """
@@ -125,6 +125,11 @@ class StochasticWeightAveraging(Callback):
         self._first = (
             int(self._start * (trainer.config.max_epochs or 0)) if isinstance(self._start, float) else self._start
         )
+        if not module.automatic_optimization and _has_statistics(module):
+            raise ValueError(
+                "StochasticWeightAveraging: the module has BatchNorm, whose statistics training_step renews at the "
+                "end, and with automatic_optimization = False that would step; use the EMA callback"
+            )
         groups = len(_groups(trainer))
         if self._lrs is not None and len(self._lrs) not in (1, groups):
             raise ValueError(
@@ -158,8 +163,8 @@ class StochasticWeightAveraging(Callback):
             say(trainer, f"StochasticWeightAveraging: epoch {self._first} has no end, so nothing was averaged")
             return
         average.copy_to(module)
-        if any(isinstance(part, _BatchNorm) for part in module.modules()):
-            _renew_statistics(module, train_batches(trainer))
+        if _has_statistics(module):
+            _renew_statistics(trainer, module)
 
     def _set_lrs(self, trainer: Trainer) -> None:
         after = trainer.current_epoch - self._first
@@ -180,26 +185,33 @@ class StochasticWeightAveraging(Callback):
 
 
 class _Step(nn.Module):
-    """A module whose forward is the training step of another."""
+    """A module whose forward is a training step of another."""
 
-    def __init__(self, module: Module, device: torch.device) -> None:
+    def __init__(self, module: Module, step: Callable[[Any, int], Any]) -> None:
         super().__init__()
-        self.module, self.device = module, device
+        self.module, self.step = module, step
 
     def forward(self, batch: Any) -> None:
-        from pytrain.trainer.data import to_device
-
-        self.module.training_step(to_device(batch, self.device), 0)
+        self.step(batch, 0)
 
 
-def _renew_statistics(module: Module, loader: Iterable[Any] | None) -> None:
-    """Compute the BatchNorm statistics anew for the parameters as they are now."""
-    if loader is None:
-        raise RuntimeError("StochasticWeightAveraging: the trainer has no training data to renew BatchNorm with")
-    step = _Step(module, next(module.parameters()).device)
+def _has_statistics(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def _renew_statistics(trainer: Trainer, module: Module) -> None:
+    """Compute the BatchNorm statistics anew for the parameters as they are now, as training computes them."""
+    from pytrain.trainer.data import to_device
+
+    run = trainer.run
+    assert run is not None
+    step = run.wrap("training_step")
+    batches: Iterator[Any] = (to_device(batch, run.device, run.mode.dtype) for batch in run.train_loader)
+    if module.tbptt_steps is not None:
+        step, batches = InTime().over(step), in_parts(batches, module.tbptt_split, module.tbptt_steps)
     modes = [(part, part.training) for part in module.modules()]
     logged, module._logged = module._logged, type(module._logged)()  # nobody reads what is logged here
-    update_bn(((batch,) for batch in loader), step)
+    update_bn(((batch,) for batch in batches), _Step(module, step))
     module._logged = logged
     for part, training in modes:
         part.training = training

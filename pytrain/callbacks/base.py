@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,11 +113,6 @@ def validates(trainer: Trainer) -> bool:
     """Whether the run has validations."""
     run = trainer.run
     return run is not None and run.val_loader is not None and trainer.config.limit_val_batches != 0
-
-
-def train_batches(trainer: Trainer) -> Iterable[Any] | None:
-    """This rank's training batches."""
-    return None if trainer.run is None else trainer.run.train_loader
 
 
 def say(trainer: Trainer, text: str) -> None:

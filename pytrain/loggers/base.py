@@ -101,6 +101,14 @@ class FolderLogger(Logger):
         self._resumed = step
 
 
+def move_aside(path: Path) -> None:
+    """Give a file of an older run the next free name: metrics.1.csv, metrics.2.csv and so on."""
+    number = 1
+    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    os.replace(path, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that the path holds the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pytrain.loggers.base import FolderLogger, Status, as_json, write_text
+from pytrain.loggers.base import FolderLogger, Status, as_json, move_aside, write_text
 
 FIRST = ("step", "epoch")
 
@@ -82,7 +82,7 @@ class CSVLogger(FolderLogger):
         if not self.path.exists():
             return self._write(list(FIRST), [])
         if self._resumed is None:
-            _move_aside(self.path)
+            move_aside(self.path)
             return self._write(list(FIRST), [])
         columns, rows = _read(self.path)
         rows = [row for row in rows if int(row["step"]) <= self._resumed]
@@ -115,10 +115,3 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if not lines:
         return list(FIRST), []
     return lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
-
-
-def _move_aside(path: Path) -> None:
-    number = 1
-    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
-    os.replace(path, target)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytrain.loggers.base import Logger, Status
+from pytrain.loggers.base import Logger, Status, move_aside
 
 
 class JsonLinesLogger(Logger):
@@ -28,7 +28,7 @@ class JsonLinesLogger(Logger):
         self.lines = 0
         if path.exists():
             if keep_lines is None:
-                _move_aside(path)
+                move_aside(path)
             else:
                 self.lines = _keep_first(path, keep_lines)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -50,13 +50,6 @@ class JsonLinesLogger(Logger):
     def finalize(self, status: Status) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
-
-
-def _move_aside(path: Path) -> None:
-    number = 1
-    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
-    os.replace(path, target)
 
 
 def _keep_first(path: Path, count: int) -> int:

@@ -53,6 +53,7 @@ class Run:
         length: batches an epoch; None: unknown.
         limit: batches to take of the training loader; None: all.
         validate_every: after how many batches to validate inside the epoch; None: not.
+        tells: the optimizer's `step_was_skipped` says all about a step, at less cost than the step's own flag.
         seldom: a schedule that advances at every so-manieth step only, which the trainer counts.
         loss, total, step: of the window just done: the sum of the weighted losses, and of the weights.
         validated_at: epoch and batch of the last validation.
@@ -113,7 +114,7 @@ class Run:
         if not module.training:
             module.train()
         self.skipped_in_a_row = 0
-        self.tells = module.automatic_optimization and hasattr(self.setups[0].optimizer, "storage")  # step_was_skipped
+        self.tells = module.automatic_optimization and hasattr(self.setups[0].optimizer, "storage")
         self.inside_window = self.epoch_ended = False
         self.validated_at: tuple[int, int] | None = None
         self.log, self.loss, self.total = module._logged, torch.zeros(()), 1.0

@@ -562,7 +562,7 @@ class Trainer:
         module, compiled, device = self._open(stage, module)
         limit = getattr(config, f"limit_{kind}_batches")
         if kind != "predict" and getattr(type(module), method) is getattr(Module, method):
-            raise ValueError(f"{method}: {type(module).__name__} has none")
+            raise ValueError(f"Trainer: {type(module).__name__} has no {method}")
         with open_team(config.strategy, device) as team:
             (loader,) = self._loaders(stage, team, module, {f"{kind}_dataloader": loader}, datamodule)
             check_loader(f"{stage}: dataloaders", loader)

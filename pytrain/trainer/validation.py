@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pytrain.callbacks.hooks import Hooks
+from pytrain.export import evaluating
 from pytrain.launch import Team
 from pytrain.rng import preserved_rng
 from pytrain.shares import several
@@ -112,16 +113,13 @@ def predict(
 @contextmanager
 def eval_mode(module: Module) -> Iterator[None]:
     """Without gradients, in eval mode and with a log of its own; all is as it was again afterwards."""
-    modes, log = [(part, part.training) for part in module.modules()], module._logged
+    log = module._logged
     before = log.step, log.metrics, log.batch, log.training
     log.step, log.metrics, log.batch, log.training = {}, {}, None, False
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluating(module):
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
         log.step, log.metrics, log.batch, log.training = before
 
 

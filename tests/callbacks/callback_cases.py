@@ -72,7 +72,10 @@ class SmallTrainer:
         self.train_dataloader = rows() if loader is None else loader
         self.num_training_batches = len(self.train_dataloader)
         alone = SimpleNamespace(gather=lambda value: [value])
-        self.run = SimpleNamespace(val_loader=scores, train_loader=self.train_dataloader, team=alone)
+        self.run = SimpleNamespace(
+            val_loader=scores, train_loader=self.train_dataloader, team=alone, device=torch.device("cpu"),
+            mode=SimpleNamespace(dtype=None), wrap=lambda name: getattr(self.module, name),
+        )  # fmt: skip
         self.scores, self.skipped, self.kill_at, self.log_every = scores, skipped, kill_at, log_every
         self.global_rank, self.is_global_zero = rank, rank == 0
         self.config = SimpleNamespace(

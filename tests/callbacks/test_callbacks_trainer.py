@@ -233,3 +233,49 @@ def test_hooks_come_in_order_and_get_what_they_should(tmp_path: Path) -> None:
         "batch 0", "batch 1", "line loss", "step 1", "batch 2", "batch 3", "line loss", "step 2",
         "on_validation_epoch_start", "line val_loss", "on_validation_epoch_end", "on_train_epoch_end", "on_fit_end",
     ]  # fmt: skip
+
+
+class Normed(Net):
+    """With a BatchNorm, an optimizer with masters, and parts in time where `tbptt_steps` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=True)
+        self.seen: list[tuple[torch.dtype, bool]] = []
+
+    def training_step(self, batch: Any, batch_idx: int, hiddens: Any = None) -> Any:
+        self.seen.append((batch.dtype, torch.is_grad_enabled()))
+        loss = self.net(batch).float().square().mean()
+        return loss if self.tbptt_steps is None else {"loss": loss, "hiddens": loss}
+
+    def configure_optimizers(self) -> Any:
+        return pytrain.optim.SGD(self.parameters(), lr=0.1, master_weights=True)
+
+
+def swa(folder: Path, module: Normed, **settings: Any) -> Normed:
+    settings = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False, **settings}
+    width = module.net[0].in_features
+    batches = list(torch.randn(2, 6, width, generator=torch.Generator().manual_seed(0)).unbind())
+    callbacks = StochasticWeightAveraging(0.1, 0)
+    Trainer(max_epochs=1, callbacks=callbacks, default_root_dir=folder, **settings).fit(module, batches)
+    return module
+
+
+def test_statistics_are_renewed_in_the_runs_precision(tmp_path: Path) -> None:
+    module = swa(tmp_path, Normed(), precision="bf16-true")
+    assert module.seen == [(torch.bfloat16, True)] * 2 + [(torch.bfloat16, False)] * 2
+    assert module.net[1].running_mean.dtype == torch.bfloat16 and module.net[1].num_batches_tracked == 2
+
+
+def test_statistics_are_renewed_by_parts_in_time(tmp_path: Path) -> None:
+    module = Normed()
+    module.tbptt_steps = 3
+    module.tbptt_split = lambda batch, steps: list(batch.split(steps))  # type: ignore[method-assign]
+    assert swa(tmp_path, module).net[1].num_batches_tracked == 4
+
+
+def test_statistics_that_manual_optimization_cannot_renew_are_refused_at_the_start(tmp_path: Path) -> None:
+    module = Normed()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="StochasticWeightAveraging: .*BatchNorm.*automatic_optimization"):
+        swa(tmp_path, module)
+    assert not module.seen

@@ -139,7 +139,7 @@ def test_no_loader_and_one_that_is_none_are_named(argument: str, tmp_path: Path)
         make_trainer(tmp_path, max_epochs=1).fit(Validated())
     with pytest.raises(TypeError, match="test: dataloaders must be an iterable of batches, got NoneType"):
         make_trainer(tmp_path, max_epochs=1).test(Whole())
-    with pytest.raises(ValueError, match="test_step: Validated has none"):
+    with pytest.raises(ValueError, match="Trainer: Validated has no test_step"):
         make_trainer(tmp_path, max_epochs=1).test(Validated(), batches(1))
 
 
@@ -242,3 +242,12 @@ def test_batches_of_mappings_and_objects_weigh_by_their_rows(tmp_path: Path) -> 
     loader = [UserDict({"x": torch.ones(n, 2)}) for n in (1, 3)]
     (found,) = make_trainer(tmp_path, max_epochs=1).validate(Rows(), loader)
     assert found == {"rows": (1 * 1 + 3 * 3) / 4}
+
+
+def test_hyperparameters_are_kept_by_name() -> None:
+    class Kept(DataModule):
+        def __init__(self, config: dict[str, int]) -> None:
+            self.save_hyperparameters(config)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="argument 0 must be the name of an argument of __init__, a str, got dict"):
+        Kept({"width": 3})
