@@ -44,9 +44,19 @@ def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
 
 
 def test_text_is_the_same_each_time_and_survives_encoding() -> None:
-    a, b = load_text(context=8, max_chars=400_000), load_text(context=8, max_chars=400_000)
+    a, b = load_text(context=8, max_chars=1_000_000), load_text(context=8, max_chars=1_000_000)
     assert torch.equal(a.train_inputs, b.train_inputs) and torch.equal(a.test_inputs, b.test_inputs)
     assert decode(encode("def f(x):\n    return x")) == "def f(x):\n    return x"
+
+
+def test_a_file_more_leaves_all_others_where_they_were(tmp_path: Path) -> None:
+    """Distributions of Python have a module more or less."""
+    for number in range(40):
+        (tmp_path / f"{number:02d}.py").write_text(f"# the text of module {number}\n" * 9)
+    before = load_text(context=8, folder=tmp_path)
+    (tmp_path / "00a.py").write_text("")
+    after = load_text(context=8, folder=tmp_path)
+    assert torch.equal(before.train_inputs, after.train_inputs) and torch.equal(before.test_inputs, after.test_inputs)
 
 
 def test_the_order_of_batches_depends_on_the_seed_only() -> None:
