@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pytrain import multi
+from pytrain.control import CONTROL_HEAD, CONTROL_ROW, SUMSQ
 from pytrain.grads import GradBuckets
 from pytrain.optim import SGD
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, SUMSQ
 
 FULL, QUICK = Case("GPT-2 small", gpt2()), Case("tiny GPT-2", gpt2(8, 2))
 LOW = torch.bfloat16

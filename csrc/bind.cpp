@@ -1,22 +1,31 @@
 // The small Python module: facts about the build and the rules, and a cheap answer to "are these still the same
-// objects?" and "where do these tensors lie?". It computes nothing; the kernels stand in a library without Python.
+// objects?" and "where do these tensors lie?", and a short way to the kernels, which stand in a library without Python.
+// It computes nothing.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <ATen/dlpack.h>  // a header of plain C structs, from the DLPack standard
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/layout.h"
+#include "core/prefetch.h"
 #include "cpu/isa.h"
+#include "ops/host.h"
 #include "rules/all.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using pytrain::core::Control;
 using pytrain::core::Format;
 using pytrain::core::Pair;
 using pytrain::core::View;
@@ -105,8 +114,9 @@ class Watch {
 };
 
 // The attribute of each item that has it (is not None), and the positions of those items; no positions mean all.
-// Calls found(item, value, how many came before) for each, and before that ahead(item, its position) some items early.
-constexpr Py_ssize_t items_ahead = 8;
+// Calls found(item, value, how many came before, its position) for each, and before that ahead(item, its position) some
+// items early.
+constexpr Py_ssize_t items_ahead = 16;
 template <class Ahead, class Found>
 py::tuple collect_each(const py::list& items, const py::str& attribute, Ahead&& ahead, Found&& found) {
   const Py_ssize_t n = PyList_GET_SIZE(items.ptr());
@@ -125,14 +135,15 @@ py::tuple collect_each(const py::list& items, const py::str& attribute, Ahead&& 
     }
     if (kept < i) positions.append(i);
     PyList_SET_ITEM(values.ptr(), kept, value);
-    found(PyList_GET_ITEM(items.ptr(), i), value, kept++);
+    found(PyList_GET_ITEM(items.ptr(), i), value, kept++, i);
   }
   if (kept < n && PyList_SetSlice(values.ptr(), kept, n, nullptr) != 0) throw py::error_already_set();
   return py::make_tuple(std::move(values), std::move(positions));
 }
 
 py::tuple collect(const py::list& items, const py::str& attribute) {
-  return collect_each(items, attribute, [](PyObject*, Py_ssize_t) {}, [](PyObject*, PyObject*, Py_ssize_t) {});
+  const auto nothing = [](PyObject*, Py_ssize_t) {};
+  return collect_each(items, attribute, nothing, [](PyObject*, PyObject*, Py_ssize_t, Py_ssize_t) {});
 }
 
 // Reads tensors' addresses, sizes and strides through the C exchange API of the DLPack standard (1.3), which costs a
@@ -146,20 +157,38 @@ class Reader {
     if (api_->header.version.major != DLPACK_MAJOR_VERSION) throw py::import_error("another DLPack major version");
   }
 
-  // `collect` of the gradients; fills in a Pair a parameter that has one, at an address with room for all.
-  py::tuple gather(const py::list& params, std::uintptr_t address) const {
-    auto* const pairs = reinterpret_cast<Pair*>(address);
+  // `collect` of the gradients; fills in a Pair a parameter that has one, at an address with room for all. Others may
+  // take the pairs while more are read: `told` says how many there are, or -1 where a gradient is missing.
+  py::tuple gather(const py::list& params, Pair* pairs, std::atomic<int64_t>& told) const {
+    const auto n = PyList_GET_SIZE(params.ptr());
     const auto ahead = [&](PyObject* param, Py_ssize_t i) {
-      __builtin_prefetch(param);
+      pytrain::core::prefetch(param);
       pytrain::core::prefetch_around(pairs[i].param.sizes);  // where the last step found them: a hint
       pytrain::core::prefetch_around(pairs[i].grad.sizes);
     };
-    return collect_each(params, grad_, ahead, [&](PyObject* param, PyObject* grad, Py_ssize_t k) {
+    Py_ssize_t found = 0;
+    const auto take = [&](PyObject* param, PyObject* grad, Py_ssize_t k, Py_ssize_t i) {
       pairs[k] = {read(param), read(grad)};
-    });
+      found = k + 1;
+      if (k < i) {
+        told.store(-1, std::memory_order_release);
+      } else if (found % tell_every == 0 || found == n) {
+        told.store(found, std::memory_order_release);
+      }
+    };
+    py::tuple all = collect_each(params, grad_, ahead, take);
+    if (found < n) told.store(-1, std::memory_order_release);
+    return all;
+  }
+
+  py::tuple gather_alone(const py::list& params, std::uintptr_t address) const {
+    std::atomic<int64_t> told{0};
+    return gather(params, reinterpret_cast<Pair*>(address), told);
   }
 
  private:
+  static constexpr Py_ssize_t tell_every = 8;
+
   View read(PyObject* tensor) const {
     View v;
     bool known = false;
@@ -204,6 +233,102 @@ class Reader {
   py::tuple types_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_;
+};
+
+// The kernel library's calls for what lies in host memory. The caller keeps alive what its addresses point to.
+class Host {
+ public:
+  using Address = std::uintptr_t;
+
+  Host(Address calls, py::object note_written)
+      : calls_(*at<const pytrain::ops::HostCalls>(calls)), note_written_(std::move(note_written)) {}
+
+  // The control block of a step whose gradients were not looked at yet; the rows' hyperparameters stay.
+  void begin(Address control, int64_t rows, double inv_scale, double clip_value, double ema_weight) const {
+    Control& head = *at<Control>(control);
+    head = {inv_scale, 0.0, clip_value, 0.0, -1.0};
+    for (int64_t i = 0; i < rows; ++i) {
+      head.rows()[i].ema_weight = ema_weight;
+      head.rows()[i].clip_coef = 1.0;
+      head.rows()[i].sumsq = 0.0;
+    }
+  }
+
+  // written: what the step will write, to be noted while it does; or None.
+  int64_t step(int64_t table, Address pairs, int64_t n, const std::vector<int64_t>& rows, Address control,
+               int64_t numbers, int64_t mode, const py::object& written) const {
+    struct Noting {
+      const py::object &note, &written;
+      std::exception_ptr error;
+    } noting{note_written_, written, nullptr};
+    const auto note = [](void* context) {
+      auto& it = *static_cast<Noting*>(context);
+      const py::gil_scoped_acquire python;
+      try {
+        it.note(it.written);
+      } catch (...) {
+        it.error = std::current_exception();
+      }
+    };
+    pytrain::ops::Beside beside;
+    if (!written.is_none()) beside = {note, &noting};
+    int64_t code;
+    {
+      const py::gil_scoped_release others_may_run;
+      code = calls_.step(table, at<const Pair>(pairs), n, rows, at<Control>(control), numbers, mode, beside);
+    }
+    if (noting.error) std::rethrow_exception(noting.error);
+    return code;
+  }
+
+  // `reader.gather` of the parameters, and what `step` returns for their statistics: -3 where a gradient is missing.
+  py::tuple measure(const Reader& reader, const py::list& params, int64_t table, Address pairs, Address control,
+                    int64_t numbers) const {
+    struct Reading {
+      const Reader& reader;
+      const py::list& params;
+      Pair* pairs;
+      py::tuple found;
+      std::exception_ptr error;
+    } reading{reader, params, at<Pair>(pairs), py::tuple(), nullptr};
+    const auto run = [](void* context, std::atomic<int64_t>& read) {
+      auto& it = *static_cast<Reading*>(context);
+      try {
+        it.found = it.reader.gather(it.params, it.pairs, read);
+      } catch (...) {
+        it.error = std::current_exception();
+        read = -1;
+      }
+    };
+    const int64_t code = calls_.measure(table, reading.pairs, PyList_GET_SIZE(params.ptr()), {run, &reading},
+                                        at<Control>(control), numbers);
+    if (reading.error) std::rethrow_exception(reading.error);
+    return py::make_tuple(reading.found[0], reading.found[1], code);
+  }
+
+  void settle(const std::vector<std::pair<Address, int64_t>>& controls, Address scale,
+              const std::vector<int64_t>& scaled, const std::vector<int64_t>& clip_groups,
+              const std::vector<double>& max_norms) const {
+    std::vector<std::pair<Control*, int64_t>> blocks;
+    for (const auto& [address, rows] : controls) blocks.emplace_back(at<Control>(address), rows);
+    calls_.settle(blocks, *at<const float>(scale), scaled, clip_groups, max_norms);
+  }
+
+  bool update_scaler(Address state, const std::array<double, pytrain::core::policy_size>& policy,
+                     const std::vector<int64_t>& controls) const {
+    pytrain::core::Policy rules;
+    std::copy(policy.begin(), policy.end(), reinterpret_cast<double*>(&rules));
+    return calls_.update_scaler(at<pytrain::core::Scaler>(state), rules, controls);
+  }
+
+ private:
+  template <class T>
+  static T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+  }
+
+  const pytrain::ops::HostCalls& calls_;
+  py::object note_written_;
 };
 
 template <class Rule>
@@ -258,8 +383,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("pair_words") = sizeof(pytrain::core::Pair) / sizeof(int64_t);
   py::class_<Reader>(m, "Reader", "Reads where parameters and gradients lie, through DLPack's C exchange API.")
       .def(py::init<const py::object&, const py::tuple&>(), py::arg("exchange"), py::arg("types"))
-      .def("gather", &Reader::gather, py::arg("params"), py::arg("address"),
+      .def("gather", &Reader::gather_alone, py::arg("params"), py::arg("address"),
            "As collect(params, \"grad\"); also fills in a Pair for each parameter with a gradient at an address.");
+  py::class_<Host>(m, "Host", "The kernel library's calls for what lies in host memory, past torch's dispatcher.")
+      .def(py::init<Host::Address, py::object>(), py::arg("calls"), py::arg("note_written"))
+      .def("begin", &Host::begin, "Resets a control block: control, its rows, inv_scale, clip_value, ema_weight.")
+      .def("step", &Host::step,
+           "As the op _table_step_pairs: table, pairs, n, rows, control, its numbers, mode, what it writes.")
+      .def("measure", &Host::measure,
+           "Reader.gather, and `step` for statistics: reader, params, table, pairs, control, its numbers.")
+      .def("settle", &Host::settle, "As the op _control: [(control, rows)], scale, scaled, clip_groups, max_norms.")
+      .def("update_scaler", &Host::update_scaler, "As the op _scaler_update: state, policy, controls.");
   py::class_<Watch>(m, "Watch", "Remembers the objects in an optimizer's param_groups and state.")
       .def(py::init<const py::list&, const py::dict&>(), py::arg("groups"), py::arg("state"))
       .def("check", &Watch::check, py::arg("groups"), py::arg("state"),

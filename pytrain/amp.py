@@ -17,15 +17,17 @@ from pytrain import backend
 from pytrain.control import (
     BAD_OPTIMIZER,
     BAD_PARAM,
+    FOUND_INF,
     GROWTH_TRACKER,
     HYSTERESIS_LEFT,
     SCALE,
     SCALER_SIZE,
     SKIPPED_IN_A_ROW,
+    Besides,
+    Between,
     Policy,
     update_scaler,
 )
-from pytrain.optim.plan import FOUND_INF, Besides, Between
 from pytrain.optim.storage import cut_of
 from pytrain.parts import agreement, blank_control, part_of
 
@@ -142,10 +144,11 @@ class LossScaler:
         self._state, self.current = state, state[SCALE]  # current: the scale, fp32, shape (); it changes in place
         seen = state.device.type == "cpu" and not backend.is_remote(state.device)
         self._numbers = state.numpy() if seen else None
+        self.place = state.data_ptr() if seen else 0  # where the host reads the scale
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_between("copy")
-        return {**self.__dict__, "current": None, "_numbers": None, "_first_bad": None, "_order": []}
+        return {**self.__dict__, "current": None, "_numbers": None, "place": 0, "_first_bad": None, "_order": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -128,6 +128,8 @@ def _make_reader() -> Any:
 
 facts, why_not_loaded = _load()
 reader = _make_reader()
+is_profiling = getattr(torch.autograd, "_profiler_enabled", bool)  # where ops are to be seen
+host: Any = facts and facts.Host(torch.ops.pytrain._host_calls(), torch.autograd.graph.increment_version)
 cuda_build, why_no_cuda = _load_cuda()
 simulated = _load_simt()
 
@@ -135,6 +137,11 @@ simulated = _load_simt()
 def launches(device: torch.device) -> bool:
     """Whether steps on this device are queued launches, so that counts and control blocks lie there."""
     return simulated if device.type == "cpu" else device.type == "cuda" and not why_no_cuda
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether the kernels can be called on it past torch's dispatcher: what lies there is in the host's memory."""
+    return device.type == "cpu" and host is not None and not simulated
 
 
 def is_remote(device: torch.device) -> bool:

@@ -7,19 +7,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytrain import backend
-from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# The control block, as in csrc/core/control.h: its head, and then a row a param group.
+INV_SCALE, FOUND_INF, CLIP_VALUE, GRAD_NORM, FIRST_BAD, CONTROL_HEAD = range(6)
+GRAD_SIGN, EMA_WEIGHT, CLIP_COEF, SUMSQ, CONTROL_HYPERS = range(5)
+CONTROL_ROW = 18
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+MAX_SUMS = 2  # csrc/core/segment.h
+FIT, STATS, SETTLE, SUMS, WRITE, WRITE_FITTED = range(6)  # of a call of the kernels: Table::Mode in csrc/ops/table.h
+ONE = torch.ones((), dtype=torch.float32, device="cpu")  # the scale of a loss that nothing has scaled
+NO_SCALE = ONE.data_ptr()
+ABSENT = torch.empty(0, dtype=torch.float64, device="cpu")  # instead of numbers that only the device has
+# What it says; a number from 0 on is the first parameter that does not fit.
+APPLIED, SKIPPED, NOT_ALL = -1, -2, -3
+
+
+class Moving(Protocol):
+    """A loss scaler whose state a step may move: `pytrain.amp.LossScaler`."""
+
+    current: Tensor
+    place: int  # the scale's address in the host's memory, or 0
+    moved: bool
+
+    def lend(self, between: Between) -> Besides:
+        """What pass 1 needs to settle, and to find where the state moves if it does and hangs on that step alone."""
+
+
+# What follows from pass 1: the loss scaler (None: nothing has scaled), whether that moves next, and `Clip`'s groups and
+# norms. And what a call of the kernels is told where the whole step is one plan on a device that launches: with SETTLE
+# the loss scale, or a scaler's state that is to move, groups, norms, that scaler's policy; in pass 2 the state alone.
+Between = tuple["Moving | None", bool, list[int], list[float]]
+Besides = tuple[Tensor | None, list[int], list[float], Sequence[float]]
+NOTHING: tuple[()] = ()
 
 # The loss scaler's state, one fp32 each: struct Scaler in csrc/core/scaler.h.
 SCALE, GROWTH_TRACKER, HYSTERESIS_LEFT, SKIPPED_IN_A_ROW, BAD_PARAM, BAD_OPTIMIZER, SCALER_SIZE = range(7)
 
 LARGEST = torch.finfo(torch.float32).max
-ONE = torch.ones((), dtype=torch.float32, device="cpu")  # the scale of a loss that nothing has scaled
 _ones: dict[torch.device, Tensor] = {}
 
 
@@ -55,7 +88,12 @@ def settle(
         if control.device != device:
             break
     else:
-        op(controls, scale if scale.device == device else _on(scale, device), scaled, clip_groups, max_norms)
+        scale = scale if scale.device == device else _on(scale, device)
+        if backend.is_here(device):
+            places = [(control.data_ptr(), (len(control) - CONTROL_HEAD) // CONTROL_ROW) for control in controls]
+            backend.host.settle(places, scale.data_ptr(), scaled, clip_groups, max_norms)
+        else:
+            op(controls, scale, scaled, clip_groups, max_norms)
         return
     here = [control.cpu() for control in controls]
     op(here, scale.cpu(), scaled, clip_groups, max_norms)
@@ -116,8 +154,14 @@ def update_scaler(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> 
         if control.device != state.device:
             break
     else:
-        op(state, controls, policy)
-        torch.autograd.graph.increment_version(state)
+        moved = True
+        if backend.is_here(state.device):
+            places = [control.data_ptr() for control in controls]
+            moved = backend.host.update_scaler(state.data_ptr(), policy, places)
+        else:
+            op(state, controls, policy)
+        if moved:  # graphs that hold the scale of before are refused
+            torch.autograd.graph.increment_version(state)
         return
     here = state.cpu()
     op(here, [control.cpu() for control in controls], policy)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from pytrain import backend
-from pytrain.optim.base import FusedOptimizer
-from pytrain.optim.plan import (
+from pytrain.control import (
     CLIP_COEF,
     CONTROL_HEAD,
     CONTROL_ROW,
@@ -24,9 +23,11 @@ from pytrain.optim.plan import (
     FOUND_INF,
     INV_SCALE,
     SUMSQ,
+    Array,
     Between,
     Moving,
 )
+from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.slow import sum_squares
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class Part(Protocol):
 
     def done(self) -> frozenset[int]:
         """The ids of the parameters whose averages pass 2 has moved, unless it did nothing."""
+
+    def record(self) -> Tensor | Array:
+        """The control block, which no later step changes."""
 
 
 def part_of(optimizer: Optimizer, place: int = 0) -> Part:
@@ -207,6 +211,10 @@ class Foreign:
         """None."""
         return NOBODY
 
+    def record(self) -> Tensor:
+        """Each step has its own."""
+        return self.control
+
 
 class Released:
     """An optimizer that steps in backward: its gradients are gone, and what was bad was skipped one by one."""
@@ -254,3 +262,7 @@ class Released:
     def done(self) -> frozenset[int]:
         """None."""
         return NOBODY
+
+    def record(self) -> Tensor:
+        """Each step has its own."""
+        return self.control

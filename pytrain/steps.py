@@ -21,8 +21,18 @@ from torch.optim.optimizer import Optimizer
 from pytrain.amp import LossScaler, Stage
 from pytrain.backend import is_remote
 from pytrain.clip import Clip, ClipGroup, ClipPer, read_clip
-from pytrain.control import ONE, settle
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FIRST_BAD, FOUND_INF, GRAD_NORM, INV_SCALE, SUMSQ
+from pytrain.control import (
+    CONTROL_HEAD,
+    CONTROL_ROW,
+    FIRST_BAD,
+    FOUND_INF,
+    GRAD_NORM,
+    INV_SCALE,
+    ONE,
+    SUMSQ,
+    Array,
+    settle,
+)
 from pytrain.parts import Part, Released, Shards, agreement, part_of
 
 if TYPE_CHECKING:
@@ -44,8 +54,12 @@ class StepInfo:
     of n.
     """
 
-    def __init__(self, controls: list[Tensor], scale: Tensor | float, several: bool) -> None:
-        self._controls, self._several, self._scale = controls, several, scale
+    def __init__(self, controls: list[Tensor | Array], scale: Tensor | float, several: bool) -> None:
+        self._kept, self._several, self._scale = controls, several, scale
+
+    @property
+    def _controls(self) -> list[Tensor]:
+        return [c if isinstance(c, Tensor) else torch.from_numpy(c) for c in self._kept]
 
     def _each(self, field: int) -> Tensor:
         if not self._several:
@@ -152,8 +166,8 @@ def take(
     ema: Average | None = None,
     shards: Shards | None = None,
     moves: bool = False,
-) -> list[Tensor]:
-    """The straight line of a step, up to the loss scale's update. Returns each optimizer's control block.
+) -> list[Tensor | Array]:
+    """The straight line of a step, up to the loss scale's update. Returns a copy of each optimizer's control block.
 
     Args:
         moves: the loss scale moves next, and nothing can fail before: one part alone may do it in pass 2.
@@ -199,7 +213,7 @@ def take(
         shards.publish()
     if ema is not None:
         _follow(ema, optimizers, parts)
-    return [control.clone() for control in controls]
+    return [part.record() for part in parts]
 
 
 _take_eagerly = _disable_dynamo(take)  # torch.compile breaks its graph here and compiles nothing of the step
@@ -222,10 +236,10 @@ def _follow(ema: Average, optimizers: Sequence[Optimizer], parts: list[Part]) ->
     ema.advance(done)
 
 
-def _advance(schedule: LRScheduler, control: Tensor) -> None:
+def _advance(schedule: LRScheduler, control: Tensor | Array) -> None:
     """Let a schedule advance by the step that this control block tells of, if it was applied."""
     advance_where = getattr(schedule, "advance_where", None)  # those of pytrain.optim.schedules have it
-    if advance_where is not None and is_remote(control.device):
+    if advance_where is not None and isinstance(control, Tensor) and is_remote(control.device):
         advance_where(control[FOUND_INF] == 0)
     elif control[FOUND_INF] == 0:
         schedule.step()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pytrain import backend
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import check_codegen  # noqa: E402
@@ -47,6 +49,21 @@ def test_a_call_of_libm_in_a_loop_is_found(tmp_path: Path) -> None:
 def test_fused_multiply_adds_are_found(tmp_path: Path) -> None:
     found = findings(tmp_path, "avx2", "-mfma", "-ffp-contract=fast")
     assert any("a fused multiply-add" in line and "AdamW" in line for line in found)
+
+
+def test_prefetches_that_the_compiler_has_dropped_are_found(tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    header = csrc / "core" / "prefetch.h"
+    header.write_text(header.read_text().replace("  __builtin_prefetch(at);\n", ""))
+    found = findings(tmp_path, "avx2", csrc=csrc)
+    assert any("avx2::cpu::stats" in line and "no prefetch" in line for line in found), found
+
+
+@pytest.mark.skipif(backend.facts is None, reason="looks at the built module")
+def test_the_module_that_reads_tensors_calls_them_into_the_caches() -> None:
+    functions = check_codegen.disassemble(Path(backend.facts.__file__))
+    assert any("prefetch" in op for function in functions for _, op, _ in function.lines)
 
 
 def test_avx_outside_its_namespace_is_found(tmp_path: Path) -> None:

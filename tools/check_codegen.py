@@ -8,6 +8,7 @@ function, and makes the exit status 1:
     with a call in it, or one that computes with scalar square roots or divisions only;
   - an instruction beyond the x86-64 baseline outside the namespace of its level, in any object of the kernel library;
   - a weak function that is not of the project (a standard header compiled under a target attribute);
+  - a function that calls memory into the caches, and in which the compiler has left nothing of that;
   - a fused multiply-add, which would change bits between levels;
   - more than 200 kernels in a level.
 """
@@ -41,6 +42,7 @@ HOT = {
     r"largest_magnitude|finite_words": re.compile(r"^v?(pand|por[dq]?|andp[sd]|pternlog|ptestn?m|mulpd)"),
 }
 MOST_KERNELS = 200
+CALLS_AHEAD = re.compile(r"::cpu::stats\(|::Table::fit_rows\(")
 HEADER = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
 LINE = re.compile(r"^\s*(?P<address>[0-9a-f]+):\s+(?P<op>\S+)\s*(?P<args>.*)$")
 FUSED = re.compile(r"^vfn?m(add|sub)")
@@ -150,8 +152,14 @@ def check_level(level: str, path: Path) -> tuple[list[str], str]:
         kind, name = symbol.split(maxsplit=2)[1:]
         if kind in "WVwvu" and f"pytrain::{level}::" not in name:
             findings.append(f"{level}: weak symbol outside pytrain::{level}: {name}")
-    findings += outside(path, functions)
+    findings += outside(path, functions) + not_ahead(level, functions)
     return findings, f"{level:10} {len(hot):6} kernels  %{LEVELS[level]}"
+
+
+def not_ahead(stem: str, functions: list[Function]) -> list[str]:
+    """Functions that prefetch in the source only: GCC drops calls of functions that do nothing else."""
+    ahead = [f for f in functions if CALLS_AHEAD.search(f.name)]
+    return [f"{stem}: {f.name}: no prefetch" for f in ahead if not any("prefetch" in op for _, op, _ in f.lines)]
 
 
 def outside(path: Path, functions: list[Function]) -> list[str]:
@@ -201,7 +209,8 @@ def check(compiler: str, csrc: Path, extra: list[str]) -> list[str]:
                 found, row = check_level(level, path)
                 print(row)
             else:
-                found = outside(path, disassemble(path))
+                functions = disassemble(path)
+                found = outside(path, functions) + not_ahead(stem, functions)
             findings += found
     return findings
 

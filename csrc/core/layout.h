@@ -26,14 +26,6 @@ struct Pair {
   View param, grad;
 };
 
-// Call a tensor's facts into the caches: torch keeps them before and behind its sizes. A hint: any address will do.
-inline void prefetch_around(const void* sizes) {
-  const char* const at = static_cast<const char*>(sizes);
-  __builtin_prefetch(at - 56);
-  __builtin_prefetch(at + 88);
-  __builtin_prefetch(at + 112);
-}
-
 bool same_sizes(const View& a, const View& b);
 // Equal strides wherever a dimension has more than one element.
 bool same_strides(const View& a, const View& b);

@@ -383,7 +383,6 @@ Part part_of(const Job& job, int64_t i) {
 void step(const Job& job, int64_t begin, int64_t end) {
   Prepared rule;
   walk(job, begin, end, [&](int64_t i, int64_t first, int64_t n) {
-    call_next(job, i);
     rule.be_for(job, i);
     if (job.rule->sums) job.rule->settle(rule.memory, job.extras[i].sums, static_cast<double>(job.extras[i].whole));
     step_part(part_of(job, i), rule.memory, first, n);

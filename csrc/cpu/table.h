@@ -70,6 +70,14 @@ struct CopyJob {
 // Work is handed out in blocks of a segment, so that partial sums and 8-bit blocks have one owner.
 constexpr int64_t block = 4096;
 static_assert(block % core::code_block == 0);
+inline int64_t blocks_of(int64_t numel) { return (numel + block - 1) / block; }
+
+// Partial sums, added in their order.
+inline double total(const double* partials, int64_t n) {
+  double sum = 0.0;
+  for (int64_t b = 0; b < n; ++b) sum += partials[b];
+  return sum;
+}
 
 // One tensor under Adafactor: `batch` row-major matrices of rows x cols, or a vector of cols elements, contiguous.
 struct AdafactorJob {

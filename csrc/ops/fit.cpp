@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/prefetch.h"
 #include "ops/table.h"
 
 namespace pytrain::ops {
@@ -11,9 +12,6 @@ using core::Segment;
 
 // The check of one row takes about as long as the update of a hundred elements.
 constexpr int64_t grain_rows = 256;
-
-// How many rows before its turn a row's tensors are called into the caches.
-constexpr int64_t rows_ahead = 8;
 
 std::string shape(const View& v) {
   std::string text = "(";
@@ -57,7 +55,7 @@ void Table::note_places() {
 void Table::call_ahead(int64_t row) const {
   const size_t n = kept_.groups.size(), each = places_.size() / n;
   for (size_t i = row * each; i < (row + 1) * each; ++i) {
-    __builtin_prefetch(places_[i].handle);
+    core::prefetch(places_[i].handle);
     core::prefetch_around(places_[i].sizes);
   }
 }
@@ -130,30 +128,45 @@ Table::Misfit Table::fit(int64_t k, int64_t row, const Pair& pair) {
   return fit_beside(k, row, p);
 }
 
-Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows) {
+void Table::make_room(int64_t n) {
   segments_.resize(n);
   offsets_.resize(n);
   staging_.resize(n);
   numbers_.resize(n);
+  block_sums_.resize(n);
   if (!kept_.steps.empty()) counts_.resize(n);
   if (needs_extras_) extras_.resize(n);
   scalars_.resize(n * info_.n_scalars);
-  Found first{Misfit::none, n};
-  std::mutex one_at_a_time;
-  torch::stable::parallel_for(0, n, grain_rows, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      if (k + rows_ahead < end) call_ahead(rows.empty() ? k + rows_ahead : rows[k + rows_ahead]);
-      const Misfit misfit = fit(k, rows.empty() ? k : rows[k], pairs[k]);
-      if (misfit == Misfit::none) continue;
-      const std::lock_guard<std::mutex> lock(one_at_a_time);
-      if (k < first.k) first = {misfit, k};
-      return;
-    }
-  });
-  if (first.misfit != Misfit::none) return first;
+}
+
+bool Table::fit_rows(const Pair* pairs, int64_t begin, int64_t end, const std::vector<int64_t>& rows,
+                     Misfits& misfits) {
+  for (int64_t k = begin; k < end; ++k) {
+    if (k + rows_ahead < end) call_ahead(rows.empty() ? k + rows_ahead : rows[k + rows_ahead]);
+    const Misfit misfit = fit(k, rows.empty() ? k : rows[k], pairs[k]);
+    if (misfit == Misfit::none) continue;
+    const std::lock_guard<std::mutex> lock(misfits.one_at_a_time);
+    if (k < misfits.first.k) misfits.first = {misfit, k};
+    return false;
+  }
+  return true;
+}
+
+Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows) {
+  make_room(n);
+  Misfits misfits(n);
+  torch::stable::parallel_for(0, n, grain_rows,
+                              [&](int64_t begin, int64_t end) { fit_rows(pairs, begin, end, rows, misfits); });
+  if (misfits.first.misfit == Misfit::none) note_extents(rows);
+  return misfits.first;
+}
+
+void Table::note_extents(const std::vector<int64_t>& rows) {
   bool moved = false;
+  int64_t elements = 0;
   extents_.resize(kept_.groups.size());
-  for (int64_t k = 0; k < n; ++k) {
+  for (size_t k = 0; k < segments_.size(); ++k) {
+    elements += segments_[k].numel;
     if (staging_[k] & stage_param) continue;  // updated in a copy
     const auto* const begin = static_cast<const char*>(segments_[k].param);
     const std::pair<const char*, const char*> extent{begin, begin + segments_[k].numel * core::bytes(storage_.param)};
@@ -161,8 +174,8 @@ Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int6
     moved |= remembered != extent;
     remembered = extent;
   }
+  small_ = elements <= static_cast<int64_t>(segments_.size()) * cpu::block;
   if (moved) shared_ = find_shared_memory();
-  return first;
 }
 
 bool Table::find_shared_memory() {

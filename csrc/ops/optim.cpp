@@ -166,16 +166,13 @@ void free_table(StableIValue* stack, uint64_t, uint64_t) {
   tables().by_id.erase(found);
 }
 
+}  // namespace
+
 std::shared_ptr<Table> find_table(int64_t id) {
   const std::lock_guard<std::mutex> lock(tables().lock);
   const auto found = tables().by_id.find(id);
   STD_TORCH_CHECK(found != tables().by_id.end(), "_table_step: there is no table ", id);
   return found->second;
-}
-
-// _table_captured(int table) -> bool: whether a graph may still step what is in it.
-void table_captured(StableIValue* stack, uint64_t, uint64_t) {
-  stack[0] = from(find_table(to<int64_t>(stack[0]))->captured());
 }
 
 Table::Mode mode_from(int64_t number, bool folds) {
@@ -184,6 +181,13 @@ Table::Mode mode_from(int64_t number, bool folds) {
   const auto mode = static_cast<Table::Mode>(number);
   STD_TORCH_CHECK(folds || mode != Table::Mode::settle, "_table_step: mode is 2, which _table_launch has");
   return mode;
+}
+
+namespace {
+
+// _table_captured(int table) -> bool: whether a graph may still step what is in it.
+void table_captured(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = from(find_table(to<int64_t>(stack[0]))->captured());
 }
 
 // The control block, and the host's copy of what was written to it: `given`, which may be the same tensor, or empty

@@ -5,6 +5,7 @@
 
 #include "core/scaler.h"
 #include "cpu/dispatch.h"
+#include "ops/host.h"
 #include "ops/settle.h"
 #include "ops/table.h"
 
@@ -33,6 +34,15 @@ Blocks blocks(const TensorList& controls, const char* op) {
   return found;
 }
 
+void settle_here(const Between& between) {
+  const std::vector<int64_t> words = between.words();
+  const auto n = static_cast<int64_t>(between.blocks.size());
+  std::vector<double> room(2 * between.max_norms.size());
+  core::settle({n, static_cast<int64_t>(between.max_norms.size()), words.data(), words.data() + n,
+                between.scaled.data(), between.clip_groups.data(), between.max_norms.data(), room.data()},
+               static_cast<double>(*between.scale));
+}
+
 // _control(Tensor(a!)[] controls, Tensor scale, int[] scaled, int[] clip_groups, float[] max_norms) -> ()
 // scale: one fp32, by which the gradients of the controls that are `scaled` were multiplied. clip_groups: for every row
 // of all controls, which of max_norms limits the norm of the gradients of all rows with the same number; -1 for none.
@@ -46,15 +56,7 @@ void settle_controls(StableIValue* stack, uint64_t, uint64_t) {
   const Between between{found.all, to<std::vector<int64_t>>(stack[2]), to<std::vector<int64_t>>(stack[3]),
                         to<std::vector<double>>(stack[4]), static_cast<const float*>(factor.data)};
   between.check("_control");
-  if (!backend_of(found.device)) {
-    const std::vector<int64_t> words = between.words();
-    const auto n = static_cast<int64_t>(found.all.size());
-    std::vector<double> room(2 * between.max_norms.size());
-    core::settle({n, static_cast<int64_t>(between.max_norms.size()), words.data(), words.data() + n,
-                  between.scaled.data(), between.clip_groups.data(), between.max_norms.data(), room.data()},
-                 static_cast<double>(*between.scale));
-    return;
-  }
+  if (!backend_of(found.device)) return settle_here(between);
   Queue queue(found.device);
   queue.run([&](void* stream) {
     const SettleArgument argument(queue, between);
@@ -158,17 +160,59 @@ void average(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(int64_t{-1});
 }
 
+Controls controls_at(core::Control* control, int64_t numbers) {
+  STD_TORCH_CHECK(numbers >= core::control_head + core::control_row, "_table_step: control has ", numbers, " numbers");
+  View block;
+  block.data = control;
+  block.numel = numbers;
+  block.format = Format::fp64;
+  return {block, {}, {}};
+}
+
+int64_t step_host(int64_t table, const core::Pair* pairs, int64_t n, const std::vector<int64_t>& rows,
+                  core::Control* control, int64_t numbers, int64_t mode, const Beside& beside) {
+  return find_table(table)->step(pairs, n, rows, controls_at(control, numbers), mode_from(mode, false), beside);
+}
+
+int64_t measure_host(int64_t table, const core::Pair* pairs, int64_t n, const Gather& gather, core::Control* control,
+                     int64_t numbers) {
+  return find_table(table)->measure(pairs, n, gather, controls_at(control, numbers));
+}
+
+void settle_host(const std::vector<std::pair<core::Control*, int64_t>>& blocks, float scale,
+                 const std::vector<int64_t>& scaled, const std::vector<int64_t>& clip_groups,
+                 const std::vector<double>& max_norms) {
+  Between between{{}, scaled, clip_groups, max_norms, &scale};
+  for (const auto& [head, rows] : blocks) between.blocks.push_back({head, rows});
+  between.check("_control");
+  settle_here(between);
+}
+
+bool update_scaler_host(core::Scaler* scaler, const core::Policy& policy, const std::vector<int64_t>& controls) {
+  const float before = scaler->scale;
+  core::update(*scaler, policy, controls.data(), static_cast<int64_t>(controls.size()));
+  return scaler->scale != before;
+}
+
+// _host_calls() -> int: the address of HostCalls.
+void host_calls(StableIValue* stack, uint64_t, uint64_t) {
+  static const HostCalls calls{&step_host, &measure_host, &settle_host, &update_scaler_host};
+  stack[0] = torch::stable::detail::from(word(&calls));
+}
+
 }  // namespace
 }  // namespace pytrain::ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pytrain, m) {
   m.def("_control(Tensor(a!)[] controls, Tensor scale, int[] scaled, int[] clip_groups, float[] max_norms) -> ()");
   m.def("_scaler_update(Tensor(a!) state, Tensor[] controls, float[] policy) -> ()");
+  m.def("_host_calls() -> int");
   m.def("_average(Tensor(a!)[] averages, Tensor[] params, float weight) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pytrain, CompositeExplicitAutograd, m) {
   m.impl("_control", &pytrain::ops::settle_controls);
   m.impl("_scaler_update", &pytrain::ops::update_scaler);
+  m.impl("_host_calls", &pytrain::ops::host_calls);
   m.impl("_average", &pytrain::ops::average);
 }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <utility>
 
+#include <atomic>
+
 #include "cpu/dispatch.h"
 
 namespace pytrain::ops {
@@ -15,7 +17,9 @@ using torch::stable::Tensor;
 // Below this many elements waking a second thread costs more than it brings: 300 tensors of 256 elements took
 // 236 ns each on one thread and 337 on two.
 constexpr int64_t grain_elements = 131072;
-int64_t n_blocks(const Segment& segment) { return (segment.numel + cpu::block - 1) / cpu::block; }
+constexpr int64_t grain_written = 65536;  // of an update, which moves several times the bytes of pass 1
+constexpr int64_t pieces_a_thread = 8;
+int64_t n_blocks(const Segment& segment) { return cpu::blocks_of(segment.numel); }
 
 // Writes zeros through any strides; elements that share memory are written more than once.
 void fill_with_zeros(const View& v, int64_t dim, char* at) {
@@ -129,15 +133,20 @@ void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t 
   }
 }
 
-// Adds to what other tables of the same step have found.
 int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control) {
   torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements,
                               [&](int64_t begin, int64_t end) { kernels.stats(job, begin, end); });
-  int64_t result = applied;
   for (int64_t k = 0; k < job.n_segments; ++k) {
-    const double* const partials = partials_.data() + partial_offsets_[k];
-    double sum = 0.0;
-    for (int64_t b = 0; b < n_blocks(segments_[k]); ++b) sum += partials[b];
+    block_sums_[k] = cpu::total(partials_.data() + partial_offsets_[k], n_blocks(segments_[k]));
+  }
+  return add_sums(control);
+}
+
+// Adds to what other tables of the same step have found.
+int64_t Table::add_sums(core::Control& control) {
+  int64_t result = applied;
+  for (size_t k = 0; k < segments_.size(); ++k) {
+    const double sum = block_sums_[k];
     if (sum == sum) {
       control.rows()[segments_[k].group].sumsq += sum;
       continue;
@@ -150,10 +159,10 @@ int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int6
   return result;
 }
 
-int64_t Table::run(const Controls& control, Mode mode) {
+int64_t Table::run(const Controls& control, Mode mode, const Beside& beside) {
   STD_TORCH_CHECK(mode != Mode::sums || (info_.n_sums && !kept_.sums.empty()), info_.name,
                   "_: mode is 3, but the table has no room for sums, or the rule takes none");
-  if (!launches_) return run_on_cpu(control.block, mode);
+  if (!launches_) return run_on_cpu(control.block, mode, beside);
   items_.resize(segments_.size());
   for (size_t k = 0; k < segments_.size(); ++k) {
     cuda::Item& item = items_[k];
@@ -181,7 +190,24 @@ int64_t Table::run(const Controls& control, Mode mode) {
   return applied;
 }
 
-int64_t Table::run_on_cpu(const View& control, Mode mode) {
+// Pieces of many small tensors go to whoever is free; of large ones each thread has the same part in every step, which
+// then stays in the memory near it.
+void Table::write(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, const Beside& beside) {
+  const auto range = [&](int64_t begin, int64_t end) { kernels.step(job, begin, end); };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + total / grain_written);
+  const bool shares = !shared_ && small_ && threads > 1;  // parameters in the same memory step one after the other
+  if (beside.run && !shares) beside.run(beside.context);
+  if (shared_) return range(0, total);
+  if (!shares) return torch::stable::parallel_for(0, total, total > grain_written ? 1 : grain_written, range);
+  const int64_t piece = total / (pieces_a_thread * threads) + 1;
+  std::atomic<int64_t> taken{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    if (first == 0 && beside.run) beside.run(beside.context);
+    for (int64_t begin; (begin = taken.fetch_add(piece)) < total;) range(begin, std::min(total, begin + piece));
+  });
+}
+
+int64_t Table::run_on_cpu(const View& control, Mode mode, const Beside& beside) {
   STD_TORCH_CHECK(mode != Mode::settle, info_.name, "_: only launches settle a control block in pass 1");
   auto* const block = static_cast<core::Control*>(control.data);
   if (mode != Mode::stats && block->found_inf != 0.0) return skipped;
@@ -208,7 +234,6 @@ int64_t Table::run_on_cpu(const View& control, Mode mode) {
                      block,
                      partial_offsets_.data(),
                      partials_.data()};
-  const int64_t grain = total > grain_elements ? 1 : grain_elements;
   if (mode == Mode::stats) return take_stats(kernels, job, total, *block);
   double* const between = sums_between(n);
   if (info_.n_sums && (mode == Mode::sums || !between)) take_sums(kernels, job, total);
@@ -221,12 +246,7 @@ int64_t Table::run_on_cpu(const View& control, Mode mode) {
     }
   }
   if (mode == Mode::sums) return applied;
-  if (shared_) {  // parameters in the same memory are stepped one after the other
-    kernels.step(job, 0, total);
-  } else {
-    torch::stable::parallel_for(0, total, grain,
-                                [&](int64_t begin, int64_t end) { kernels.step(job, begin, end); });
-  }
+  write(kernels, job, total, beside);
   for (int64_t k = 0; k < n && !kept_.steps.empty(); ++k) *counts_[k] = static_cast<float>(segments_[k].step);
   for (int64_t k = 0; k < n && rule.advance; ++k) {
     core::Extra& extra = extras_[k];
@@ -239,7 +259,7 @@ int64_t Table::run_on_cpu(const View& control, Mode mode) {
 }
 
 int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control,
-                    Mode mode) {
+                    Mode mode, const Beside& beside) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
   check_call(n, rows, control.block);
@@ -253,7 +273,7 @@ int64_t Table::step(const Pair* pairs, int64_t n, const std::vector<int64_t>& ro
     }
   }
   if (mode > Mode::fit && mode < Mode::write) fitted_ = pairs;
-  return mode == Mode::fit ? applied : run(control, mode);
+  return mode == Mode::fit ? applied : run(control, mode, beside);
 }
 
 int64_t Table::step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,

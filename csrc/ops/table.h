@@ -1,6 +1,7 @@
 // A table: the state tensors of many parameters under one rule, kept between steps, and the step over them.
 #pragma once
 
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "core/segment.h"
 #include "cpu/table.h"
 #include "ops/device.h"
+#include "ops/host.h"
 #include "ops/settle.h"
 #include "ops/tensor.h"
 
@@ -68,6 +70,7 @@ class Table {
  public:
   static constexpr int64_t applied = -1;
   static constexpr int64_t skipped = -2;
+  static constexpr int64_t not_all = -3;
   // Check the tensors; also take the gradients' statistics, into the control block; and settle that in the same launch;
   // or take the sums of the rule; or step; or step what the last call, one for statistics or sums, has checked.
   enum class Mode : int { fit, stats, settle, sums, write, write_fitted };
@@ -81,7 +84,11 @@ class Table {
   int64_t step(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& rows,
                const Controls& control, Mode mode, bool strict);
   // The same from facts that the caller has read. Tensors that must be copied first count as a misfit here.
-  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control, Mode mode);
+  int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control, Mode mode,
+               const Beside& beside = {});
+  // Mode::stats over all rows from facts that are only now read: with `gather`, which fills in the pairs. Many small
+  // tensors are looked at while the next ones are read. Returns as `step`, or `not_all` where some were left out.
+  int64_t measure(const Pair* pairs, int64_t n, const Gather& gather, const Controls& control);
   // Whether a captured graph may still step what is in this table.
   bool captured() const { return on_device_.captured(); }
 
@@ -105,19 +112,34 @@ class Table {
     Misfit misfit;
     int64_t k;
   };
+  // The first row that does not fit, of those that several threads look at.
+  struct Misfits {
+    explicit Misfits(int64_t n) : first{Misfit::none, n} {}
+    Found first;
+    std::mutex one_at_a_time;
+  };
+  // How many rows before its turn a row's tensors are called into the caches.
+  static constexpr int64_t rows_ahead = 16;
   void note_places();
   void call_ahead(int64_t row) const;
   void check_call(int64_t n, const std::vector<int64_t>& rows, const View& control) const;
   Found fit_all(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows);
+  void make_room(int64_t n);
+  // Ends with the first misfit, which it notes.
+  bool fit_rows(const Pair* pairs, int64_t begin, int64_t end, const std::vector<int64_t>& rows, Misfits& misfits);
+  void note_extents(const std::vector<int64_t>& rows);
   Misfit fit(int64_t k, int64_t row, const Pair& pair);
   Misfit fit_beside(int64_t k, int64_t row, const View& param);
   Misfit fit_extra(int64_t k, int64_t row, const View& param);
   std::string explain(Found found, const Pair& pair) const;
   bool find_shared_memory();
-  int64_t run(const Controls& control, Mode mode);
-  int64_t run_on_cpu(const View& control, Mode mode);
+  int64_t run(const Controls& control, Mode mode, const Beside& beside = {});
+  int64_t run_on_cpu(const View& control, Mode mode, const Beside& beside = {});
+  void write(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, const Beside& beside);
   double* sums_between(int64_t n) const;
   void take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total);
+  bool sum_chunk(int64_t begin, int64_t end, std::vector<double>& partials);
+  int64_t add_sums(core::Control& control);
   int64_t take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control);
 
   const int rule_;
@@ -138,7 +160,7 @@ class Table {
   std::vector<core::Segment> segments_;
   std::vector<core::Extra> extras_;
   std::vector<int64_t> offsets_, partial_offsets_;
-  std::vector<double> partials_;
+  std::vector<double> partials_, block_sums_;  // the latter of a whole segment's blocks
   std::vector<float*> counts_;
   std::vector<float*> scalars_;
   std::vector<uint8_t> staging_;
@@ -146,10 +168,16 @@ class Table {
   // Where the parameters lay when they were last compared with each other, and whether some share memory.
   std::vector<std::pair<const char*, const char*>> extents_;
   bool shared_ = false;
+  bool small_ = false;  // had the last step's tensors a block on average, or less?
   DeviceTable on_device_;
   std::vector<cuda::Item> items_;
   SettleArgument settled_;  // of the last pass 1 that settled: pass 2 reads from there where the loss scale moves
   const Pair* fitted_ = nullptr;  // what the last call has checked, if it was one for statistics
 };
+
+// The table of a number that _table gave.
+std::shared_ptr<Table> find_table(int64_t id);
+// The mode of a number; `folds`: whether the call may settle.
+Table::Mode mode_from(int64_t number, bool folds);
 
 }  // namespace pytrain::ops

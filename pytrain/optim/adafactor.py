@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pytrain import backend
+from pytrain.control import CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW, INV_SCALE
 from pytrain.optim.base import FusedOptimizer, Options, check_range, decayed, scalar
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW, INV_SCALE
 from pytrain.optim.slow import check_disjoint
 from pytrain.optim.states import UnfitError, lay_out_number
 from pytrain.optim.storage import LOW_PRECISION

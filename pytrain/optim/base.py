@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pytrain import backend
-from pytrain.optim.plan import (
+from pytrain.control import (
     CONTROL_HEAD,
     CONTROL_ROW,
     FOUND_INF,
@@ -23,11 +23,11 @@ from pytrain.optim.plan import (
     SUMSQ,
     WRITE,
     WRITE_FITTED,
+    Array,
     Between,
     Moving,
-    Settled,
-    settle,
 )
+from pytrain.optim.plan import Settled, settle
 from pytrain.optim.release import Release
 from pytrain.optim.slow import zero
 from pytrain.optim.states import plain
@@ -106,6 +106,7 @@ class FusedOptimizer(Optimizer):
         self._skipped: bool | Tensor = False  # a control block on a device, where only that knows
         self._swapped = False
         self._measured: Settled | None = None
+        self._last: Settled | None = None  # the last that was measured
         self.averages: dict[int, Tensor] = {}
         self.storage = Storage.of(options)
         self.counts_steps = self.steps_in_state or self.storage.needs_steps
@@ -297,7 +298,7 @@ class FusedOptimizer(Optimizer):
         settled, code = self._settled, 0
         if settled is not None and settled.is_current(self):
             settled.begin(grad_coef, clip_value, ema_weight)
-            code = settled.stats(False, between) if settled.gather(self) else 0
+            code = settled.stats(False, between) if settled.gather(self, measures=True) else 0
         if settled is None or code >= 0:
             self._settled = None
             settled = settle(self)
@@ -309,7 +310,7 @@ class FusedOptimizer(Optimizer):
                 settled.forget(self)
                 raise
             self._settled = settled
-        self._measured = settled
+        self._measured = self._last = settled
         self.settles = settled.settled
         return settled.control
 
@@ -361,6 +362,13 @@ class FusedOptimizer(Optimizer):
     def done(self) -> frozenset[int]:
         """The ids of the parameters whose averages, lent by `measure`, the last step has moved if it was applied."""
         return frozenset() if self._settled is None else self._settled.averaged
+
+    def record(self) -> Tensor | Array:
+        """The last measured step's control block, which no later step changes."""
+        if self._shards is not None:
+            return self._shards.record()
+        assert self._last is not None
+        return self._last.record()
 
     def abandon(self) -> None:
         """Take back a `measure` whose pass 2 will not come."""
@@ -438,7 +446,7 @@ class FusedOptimizer(Optimizer):
             restore_dtypes(state, loading)
         super().__setstate__(state)
         self._settled, self._loading, self._warned, self._skipped, self._swapped = None, None, set(), False, False
-        self._measured, self.averages = None, {}
+        self._measured, self._last, self.averages = None, None, {}
         if not hasattr(self, "storage"):  # an optimizer pickled by an older version
             self.storage, self.counts_steps = Storage(), self.steps_in_state
         if getattr(self, "_release", None) is None:

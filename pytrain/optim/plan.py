@@ -8,18 +8,47 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pytrain import backend
+from pytrain.control import (
+    ABSENT,
+    APPLIED,
+    CLIP_COEF,
+    CLIP_VALUE,
+    CONTROL_HEAD,
+    CONTROL_HYPERS,
+    CONTROL_ROW,
+    EMA_WEIGHT,
+    FIRST_BAD,
+    FIT,
+    FOUND_INF,
+    GRAD_SIGN,
+    INV_SCALE,
+    NO_SCALE,
+    NOT_ALL,
+    NOTHING,
+    SETTLE,
+    SKIPPED,
+    STATS,
+    SUMS,
+    SUMSQ,
+    WRITE,
+    WRITE_FITTED,
+    Array,
+    Besides,
+    Between,
+    Moving,
+)
 from pytrain.optim import slow
 from pytrain.optim.states import (
     Entry,
     Formats,
+    Plan,
     UnfitError,
     check_states,
     conform,
@@ -29,98 +58,10 @@ from pytrain.optim.states import (
     needed,
     one_number,
 )
-from pytrain.optim.storage import CODES, SCALE
 
 if TYPE_CHECKING:
-    from pytrain.optim.base import FusedOptimizer, Rule
+    from pytrain.optim.base import FusedOptimizer
 
-# The control block, as in csrc/core/control.h: its head, and then a row a param group.
-INV_SCALE, FOUND_INF, CLIP_VALUE, GRAD_NORM, FIRST_BAD, CONTROL_HEAD = range(6)
-GRAD_SIGN, EMA_WEIGHT, CLIP_COEF, SUMSQ, CONTROL_HYPERS = range(5)
-CONTROL_ROW = 18
-MAX_SUMS = 2  # csrc/core/segment.h
-FIT, STATS, SETTLE, SUMS, WRITE, WRITE_FITTED = range(6)  # of a call of the kernels: Table::Mode in csrc/ops/table.h
-ABSENT = torch.empty(0, dtype=torch.float64, device="cpu")  # instead of numbers that only the device has
-APPLIED, SKIPPED = -1, -2  # what it says; a number from 0 on is the first parameter that does not fit
-
-
-class Moving(Protocol):
-    """A loss scaler whose state a step may move: `pytrain.amp.LossScaler`."""
-
-    current: Tensor
-    moved: bool
-
-    def lend(self, between: Between) -> Besides:
-        """What pass 1 needs to settle, and to find where the state moves if it does and hangs on that step alone."""
-
-
-@dataclass
-class Plan:
-    """The parameters of one rule, dtype and storage format, and the number of their table in the kernel library."""
-
-    rule: Rule
-    formats: Formats
-    entries: list[Entry] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)  # counts of a rule whose state has none
-    params: list[Tensor] = field(default_factory=list)
-    bases: list[Tensor] = field(default_factory=list)  # what shares its autograd version with the states
-    touched: list[Tensor] = field(default_factory=list)  # params and bases
-    pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
-    address: int = 0  # of that memory
-    table: int = 0
-    averaged: frozenset[int] = frozenset()  # ids of the parameters whose averages were lent
-    sums: list[Tensor] = field(default_factory=list)  # one, where others have parts of what the rule sums over
-    numbers: Tensor = ABSENT  # the places of its parameters' wholes in the optimizer, there too
-
-    @property
-    def device(self) -> torch.device:
-        """Where all its tensors are."""
-        return self.entries[0].param.device
-
-    def sums_of(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """The places in the optimizer of the parameters in some rows (no rows: all), and the sums over these."""
-        (sums,) = self.sums
-        return (self.numbers[rows], sums[: len(rows)]) if rows else (self.numbers, sums)
-
-    def finish(self, optimizer: FusedOptimizer) -> None:
-        """Hand the states over to the kernel library."""
-        rule, formats = self.rule, self.formats
-        held = [optimizer.state.get(entry.param, {}) for entry in self.entries]
-        kinds = list(zip(rule.states, formats.states, strict=True))
-        states = [state[name] for state in held for name in rule.states]
-        scales = [state[name + SCALE] for state in held for name, kind in kinds if kind in CODES]
-        kept = [state[formats.keep] for state in held] if formats.keep else []
-        emas = [state["ema"] for state in held] if formats.ema == "own" else []
-        if formats.ema == "lent":
-            emas = [optimizer.averages[id(entry.param)] for entry in self.entries]
-            self.averaged = frozenset(id(entry.param) for entry in self.entries)
-        scalars = [state[name] for state in held for name in rule.scalars]
-        if optimizer.counts_steps:
-            self.steps = [state["step"] for state in held]
-        everything = (*states, *scales, *kept, *emas, *scalars, *self.steps)
-        self.params = [entry.param for entry in self.entries]
-        self.bases = list({id(base): base for base in (s if s._base is None else s._base for s in everything)}.values())
-        self.touched = self.params + self.bases
-        if rule.sums and optimizer.join_sums is not None:
-            self.sums = [torch.zeros(len(self.entries), MAX_SUMS, dtype=torch.float64, device=self.device)]
-            self.numbers = torch.tensor([entry.cut.number for entry in self.entries], device=self.device)
-        groups = [entry.group for entry in self.entries]
-        parts = [number for entry in self.entries for number in entry.cut]
-        words = formats.words(self.params[0], optimizer.storage)
-        self.table = torch.ops.pytrain._table(
-            rule.name, states, scales, kept, emas, scalars, self.steps, self.sums, groups, parts, words
-        )
-        if backend.facts and backend.reader:
-            self.pairs = torch.zeros(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
-            self.address = self.pairs.data_ptr()
-
-
-# What follows from pass 1: the loss scaler (None: nothing has scaled), whether that moves next, and `Clip`'s groups and
-# norms. And what a call of the kernels is told where the whole step is one plan on a device that launches: with SETTLE
-# the loss scale, or a scaler's state that is to move, groups, norms, that scaler's policy; in pass 2 the state alone.
-Between = tuple["Moving | None", bool, list[int], list[float]]
-Besides = tuple[Tensor | None, list[int], list[float], Sequence[float]]
-NOTHING: tuple[()] = ()
 Work = tuple[Plan, list[Tensor], list[Tensor], list[int]]  # a plan, and its params, grads and rows in this step
 
 
@@ -148,7 +89,8 @@ class Settled:
         self.fused = [group.get("fused") for group in groups]
         self.hypers: list[tuple[float, ...]] = [() for _ in groups]
         self.given = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
-        self.block = self.given.numpy()
+        self.block, self.address = self.given.numpy(), self.given.data_ptr()
+        self.numbers, self.n_rows = len(self.block), len(groups)
         devices = {plan.device for plan in plans}
         # Control blocks that the host cannot look into; `given` is what it has written to them.
         self.remote = {device: self.given.to(device, copy=True) for device in devices if backend.is_remote(device)}
@@ -157,6 +99,7 @@ class Settled:
         self.merges = bool(self.remote) and (len(devices) > 1 or bool(slow))  # all are read into `given` after pass 1
         self.merged = False
         # Does the host need to know each number itself, for the torch path or the CPU's kernels?
+        self.here = all(map(backend.is_here, devices)) and backend.host is not None  # what settles is in host memory
         self.reads = bool(slow) or len(self.remote) < len(devices)
         self.placed: list[tuple[int, Tensor]] = []  # numbers that only a device knows, and their places in the block
         # Where one launch a pass may be all of a step, and whether pass 1 has settled the control block in its own.
@@ -210,8 +153,12 @@ class Settled:
 
     def begin(self, grad_coef: float, clip_value: float = 0.0, ema_weight: float = 0.0) -> None:
         """Set the control block for a step whose gradients were not looked at yet."""
-        self.block[:CONTROL_HEAD] = (grad_coef, 0.0, clip_value, 0.0, -1.0)
-        self.rows[:, EMA_WEIGHT : SUMSQ + 1] = (self.own_weight or ema_weight, 1.0, 0.0)
+        weight = self.own_weight or ema_weight
+        if backend.host is not None:
+            backend.host.begin(self.address, self.n_rows, grad_coef, clip_value, weight)
+        else:
+            self.block[:CONTROL_HEAD] = (grad_coef, 0.0, clip_value, 0.0, -1.0)
+            self.rows[:, EMA_WEIGHT : SUMSQ + 1] = (weight, 1.0, 0.0)
         self.unbegun, self.merged = set(self.remote), False
         if self.placed:
             self.upload(self.remote)
@@ -228,16 +175,25 @@ class Settled:
                 block[place].copy_(value, non_blocking=True)
         self.unbegun = self.unbegun.difference(devices)
 
-    def gather(self, optimizer: FusedOptimizer) -> bool:
-        """Find the gradients of this step; False where a parameter has one for the first time."""
+    def gather(self, optimizer: FusedOptimizer, *, measures: bool = False) -> bool:
+        """Find the gradients of this step; False where a parameter has one for the first time.
+
+        Args:
+            measures: `stats` comes next, and may begin while they are found.
+        """
         facts = backend.facts
         if facts is not None and self.waiting and facts.collect(self.waiting, "grad")[0]:
             return False
         work: list[Work] = []
         for plan in self.plans:
             assert facts is not None
+            plan.measured = NOT_ALL
             if plan.pairs is None:
                 grads, rows = facts.collect(plan.params, "grad")
+            elif measures and plan.here and not backend.is_profiling():
+                grads, rows, plan.measured = backend.host.measure(
+                    backend.reader, plan.params, plan.table, plan.address, self.address, self.numbers
+                )
             else:
                 grads, rows = backend.reader.gather(plan.params, plan.address)
             if grads:
@@ -302,7 +258,10 @@ class Settled:
             elif scaler.current.device == self.home:
                 mode, besides = SETTLE, scaler.lend(between)
         for one in self.work:
-            misfit |= self.call(one, last_try, mode, besides) >= 0
+            if one[0].measured in (APPLIED, SKIPPED):
+                one[0].measured = NOT_ALL
+            else:
+                misfit |= self.call(one, last_try, mode, besides) >= 0
         if misfit:
             return 0
         self.settled = mode == SETTLE
@@ -318,6 +277,12 @@ class Settled:
                 self.block[FIRST_BAD] = entry.cut.number if first < 0 else min(first, entry.cut.number)
             else:
                 self.rows[entry.group, SUMSQ] += sum_squares
+        if between is not None and self.here:
+            scaler, _, groups, norms = between
+            scale = NO_SCALE if scaler is None else scaler.place
+            if scale:
+                backend.host.settle([(self.address, self.n_rows)], scale, (scaler is not None,), groups, norms)
+                self.settled = True
         return SKIPPED if self.block[FOUND_INF] else APPLIED
 
     def read_remote(self) -> None:
@@ -370,6 +335,10 @@ class Settled:
         self.work = []
         return APPLIED
 
+    def record(self) -> Tensor | Array:
+        """A copy of the control block, in the host's memory where that has it."""
+        return self.control.clone() if self.remote and not self.merges else self.block.copy()
+
     def note_averaged(self) -> None:
         """Remember whose lent averages this step has moved: in the same object while it is the same parameters."""
         ids: frozenset[int] = frozenset()
@@ -386,21 +355,33 @@ class Settled:
     def call(self, work: Work, last_try: bool, mode: int, besides: Besides | tuple[()] = NOTHING) -> int:
         """Call the kernels over one plan."""
         plan, params, grads, rows = work
+        written: list[Tensor] | None = None  # what autograd has been told of
         if plan.pairs is not None:
-            ops = torch.ops.pytrain
-            op = ops._table_launch_pairs.default if besides else ops._table_step_pairs.default
-            control = self.remote.get(plan.device, self.given) if self.remote else self.given
-            fresh = bool(self.unbegun) and plan.device in self.unbegun
-            given = ABSENT if self.placed else self.given
-            code: int = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode, *besides)
+            if plan.here and not backend.is_profiling():
+                written = plan.written(params, rows) if mode == WRITE_FITTED else None  # which is sure to write
+                place, numbers = self.address, self.numbers
+                code: int = backend.host.step(plan.table, plan.address, len(grads), rows, place, numbers, mode, written)
+            else:
+                code = self.call_op(work, mode, besides)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
                 plan.pairs = None
         if plan.pairs is None:
             code = self.call_with_lists(work, last_try, mode, besides)
         if self.unbegun and mode in (STATS, SETTLE) and code < 0:
             self.unbegun.discard(plan.device)
-        if code == APPLIED and mode >= WRITE:
-            torch.autograd.graph.increment_version(params + plan.bases if rows else plan.touched)
+        if code == APPLIED and mode >= WRITE and written is None:
+            torch.autograd.graph.increment_version(plan.written(params, rows))
+        return code
+
+    def call_op(self, work: Work, mode: int, besides: Besides | tuple[()]) -> int:
+        """The same by an op, which launches on a device, and shows in a profile."""
+        plan, _, grads, rows = work
+        ops = torch.ops.pytrain
+        op = ops._table_launch_pairs.default if besides else ops._table_step_pairs.default
+        control = self.remote.get(plan.device, self.given) if self.remote else self.given
+        fresh = bool(self.unbegun) and plan.device in self.unbegun
+        given = ABSENT if self.placed else self.given
+        code: int = op(plan.table, plan.pairs, len(grads), rows, control, given, fresh, mode, *besides)
         return code
 
     @torch.no_grad()

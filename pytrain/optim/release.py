@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pytrain.control import APPLIED, FOUND_INF, SKIPPED, STATS, WRITE
 from pytrain.optim import slow
-from pytrain.optim.plan import APPLIED, FOUND_INF, SKIPPED, STATS, WRITE, Plan, Settled, settle
+from pytrain.optim.plan import Settled, settle
+from pytrain.optim.states import Plan
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -1,16 +1,18 @@
-"""The state of each parameter: which tensors it has under a storage format, made, converted and laid out for a step."""
+"""The state of each parameter: which tensors it has under a storage format, made, converted, laid out
+and handed to the kernels for a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pytrain import backend
+from pytrain.control import ABSENT, MAX_SUMS, NOT_ALL
 from pytrain.optim.storage import (
     CODE_BLOCK,
     CODES,
@@ -82,6 +84,73 @@ class Entry:
     def cut(self) -> Cut:
         """Which parameter of all ranks it is, or is a part of."""
         return cut_of(self.param, self.number)
+
+
+@dataclass
+class Plan:
+    """The parameters of one rule, dtype and storage format, and the number of their table in the kernel library."""
+
+    rule: Rule
+    formats: Formats
+    entries: list[Entry] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)  # counts of a rule whose state has none
+    params: list[Tensor] = field(default_factory=list)
+    bases: list[Tensor] = field(default_factory=list)  # what shares its autograd version with the states
+    touched: list[Tensor] = field(default_factory=list)  # params and bases
+    pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
+    address: int = 0  # of that memory
+    measured: int = NOT_ALL  # what pass 1 has said that `Settled.gather` took already
+    here: bool = False  # may the kernels be called past torch's dispatcher?
+    table: int = 0
+    averaged: frozenset[int] = frozenset()  # ids of the parameters whose averages were lent
+    sums: list[Tensor] = field(default_factory=list)  # one, where others have parts of what the rule sums over
+    numbers: Tensor = ABSENT  # the places of its parameters' wholes in the optimizer, there too
+
+    @property
+    def device(self) -> torch.device:
+        """Where all its tensors are."""
+        return self.entries[0].param.device
+
+    def sums_of(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """The places in the optimizer of the parameters in some rows (no rows: all), and the sums over these."""
+        (sums,) = self.sums
+        return (self.numbers[rows], sums[: len(rows)]) if rows else (self.numbers, sums)
+
+    def written(self, params: list[Tensor], rows: list[int]) -> list[Tensor]:
+        """What a step of these writes, as autograd counts versions: it then refuses graphs of before."""
+        return params + self.bases if rows else self.touched
+
+    def finish(self, optimizer: FusedOptimizer) -> None:
+        """Hand the states over to the kernel library."""
+        rule, formats = self.rule, self.formats
+        held = [optimizer.state.get(entry.param, {}) for entry in self.entries]
+        kinds = list(zip(rule.states, formats.states, strict=True))
+        states = [state[name] for state in held for name in rule.states]
+        scales = [state[name + SCALE] for state in held for name, kind in kinds if kind in CODES]
+        kept = [state[formats.keep] for state in held] if formats.keep else []
+        emas = [state["ema"] for state in held] if formats.ema == "own" else []
+        if formats.ema == "lent":
+            emas = [optimizer.averages[id(entry.param)] for entry in self.entries]
+            self.averaged = frozenset(id(entry.param) for entry in self.entries)
+        scalars = [state[name] for state in held for name in rule.scalars]
+        if optimizer.counts_steps:
+            self.steps = [state["step"] for state in held]
+        everything = (*states, *scales, *kept, *emas, *scalars, *self.steps)
+        self.params = [entry.param for entry in self.entries]
+        self.bases = list({id(base): base for base in (s if s._base is None else s._base for s in everything)}.values())
+        self.touched = self.params + self.bases
+        if rule.sums and optimizer.join_sums is not None:
+            self.sums = [torch.zeros(len(self.entries), MAX_SUMS, dtype=torch.float64, device=self.device)]
+            self.numbers = torch.tensor([entry.cut.number for entry in self.entries], device=self.device)
+        groups = [entry.group for entry in self.entries]
+        parts = [number for entry in self.entries for number in entry.cut]
+        words = formats.words(self.params[0], optimizer.storage)
+        self.table = torch.ops.pytrain._table(
+            rule.name, states, scales, kept, emas, scalars, self.steps, self.sums, groups, parts, words
+        )
+        if backend.facts and backend.reader:
+            self.pairs = torch.zeros(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
+            self.address, self.here = self.pairs.data_ptr(), backend.is_here(self.device)
 
 
 def formats_of(optimizer: FusedOptimizer, rule: Rule, param: Tensor) -> Formats:

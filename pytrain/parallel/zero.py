@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 
 from pytrain.amp import LossScaler
+from pytrain.control import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, MAX_SUMS, SUMSQ
 from pytrain.grads import ALIGN_BYTES, Bucket, Work
 from pytrain.optim.base import FusedOptimizer
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE, MAX_SUMS, SUMSQ
 from pytrain.optim.storage import CODE_BLOCK, RANDOM_TILE, SCALE, Cut, elementwise
 from pytrain.parallel.base import Share, Strategy, check_total
 from pytrain.steps import StepInfo

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from pytrain import steps as pytrain_steps
 from pytrain.amp import LossScaler
-from pytrain.optim.plan import CLIP_COEF, CLIP_VALUE, CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE
+from pytrain.control import CLIP_COEF, CLIP_VALUE, CONTROL_HEAD, CONTROL_ROW, FOUND_INF, INV_SCALE
 from pytrain.sealed import write_checkpoint
 
 PLAIN = (bool, int, float, str, type(None))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import pytrain
 from pytrain import backend
+from pytrain.control import CONTROL_HEAD, CONTROL_ROW
 from pytrain.info import info
-from pytrain.optim.plan import CONTROL_HEAD, CONTROL_ROW
 
 LIBRARY = Path(pytrain.__file__).with_name("_kernels_cuda.so")
 SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|librt|libdl|ld-linux[\w-]*)\.so\.\d+$")

@@ -11,8 +11,8 @@ from optim_cases import make_params, needs_kernels, ours, run, same_bits
 from torch import Tensor
 
 from pytrain import backend
+from pytrain.control import CLIP_COEF, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW
 from pytrain.optim import REGISTRY
-from pytrain.optim.plan import CLIP_COEF, CONTROL_HEAD, CONTROL_HYPERS, CONTROL_ROW
 
 pytestmark = needs_kernels
 RULES = {rule.name: rule for cls in REGISTRY.values() for rule in cls.rules}

@@ -23,8 +23,8 @@ from torch.nn import Parameter
 import pytrain
 from pytrain import backend
 from pytrain.amp import LossScaler
+from pytrain.control import SETTLE, SUMS, WRITE
 from pytrain.optim import LAMB, REGISTRY, SGD, AdamW
-from pytrain.optim.plan import SETTLE, SUMS, WRITE
 
 SIMT = backend.simulated and os.environ.get("PYTRAIN_LAUNCHES") == "1"
 REMOTE = os.environ.get("PYTRAIN_SIMT_REMOTE") == "1"

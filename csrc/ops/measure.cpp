@@ -1,0 +1,98 @@
+// Pass 1 of many small tensors, whose checks and sums begin while the caller still reads where they lie.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "cpu/dispatch.h"
+#include "ops/table.h"
+
+namespace pytrain::ops {
+namespace {
+
+// What a thread takes at once; and from how many rows on it pays that several do.
+constexpr int64_t chunk_rows = 64;
+constexpr int64_t few_rows = 2 * chunk_rows;
+// Of a chunk with more elements the sums are left to a walk that shares out single blocks.
+constexpr int64_t chunk_elements = chunk_rows * cpu::block;
+// One thread reads; more than so many would wait for it.
+constexpr int64_t most_threads = 4;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until so many pairs are read; false where not all will be.
+bool wait_for(const std::atomic<int64_t>& read, int64_t n) {
+  for (int64_t looks = 1;; ++looks) {
+    const int64_t now = read.load(std::memory_order_acquire);
+    if (now < 0) return false;
+    if (now >= n) return true;
+    if (looks % 1024) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+}  // namespace
+
+int64_t Table::measure(const Pair* pairs, int64_t n, const Gather& gather, const Controls& control) {
+  const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
+  STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
+  STD_TORCH_CHECK(!launches_, info_.name, "_: only tables on the CPU are measured while they are read");
+  check_call(n, {}, control.block);
+  fitted_ = nullptr;
+  make_room(n);
+  std::atomic<int64_t> read{0}, taken{0};
+  std::atomic<bool> late{!small_};
+  Misfits misfits(n);
+  const auto look = [&] {
+    std::vector<double> partials;
+    for (int64_t begin; (begin = taken.fetch_add(chunk_rows)) < n;) {
+      const int64_t end = std::min(n, begin + chunk_rows);
+      for (int64_t k = begin; k < std::min(end, begin + rows_ahead); ++k) call_ahead(k);
+      if (!wait_for(read, end) || !fit_rows(pairs, begin, end, {}, misfits)) return;
+      if (!late.load(std::memory_order_relaxed) && !sum_chunk(begin, end, partials)) late = true;
+    }
+  };
+  const int64_t threads = n < few_rows ? 1 : std::min<int64_t>(most_threads, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    if (begin == 0) gather.run(gather.context, read);  // on the thread that called
+    look();
+  });
+  if (read < n) return not_all;
+  if (misfits.first.misfit != Misfit::none) return misfits.first.k;
+  for (int64_t k = 0; k < n; ++k) {
+    if (staging_[k]) return k;
+  }
+  note_extents({});
+  fitted_ = pairs;
+  return late ? run_on_cpu(control.block, Mode::stats) : add_sums(*static_cast<core::Control*>(control.block.data));
+}
+
+bool Table::sum_chunk(int64_t begin, int64_t end, std::vector<double>& partials) {
+  int64_t offsets[chunk_rows], places[chunk_rows], total = 0, n_partials = 0;
+  for (int64_t k = begin; k < end; ++k) {
+    offsets[k - begin] = total;
+    places[k - begin] = n_partials;
+    total += segments_[k].numel;
+    n_partials += cpu::blocks_of(segments_[k].numel);
+  }
+  if (total > chunk_elements) return false;
+  partials.resize(n_partials);
+  const cpu::Kernels& kernels = cpu::current_kernels();
+  kernels.stats({&kernels.rules[rule_], storage_, segments_.data() + begin, nullptr, offsets, end - begin, nullptr,
+                 places, partials.data()},
+                0, total);
+  for (int64_t k = begin; k < end; ++k) {
+    block_sums_[k] = cpu::total(partials.data() + places[k - begin], cpu::blocks_of(segments_[k].numel));
+  }
+  return true;
+}
+
+}  // namespace pytrain::ops
