@@ -35,7 +35,7 @@ KERNEL_SOURCES = [
     "csrc/ops/device.cpp",
     "csrc/ops/fit.cpp",
     "csrc/ops/table.cpp",
-    "csrc/ops/measure.cpp",
+    "csrc/ops/gather.cpp",
     "csrc/ops/optim.cpp",
     "csrc/ops/adafactor.cpp",
     "csrc/ops/settle.cpp",

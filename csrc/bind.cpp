@@ -281,9 +281,9 @@ class Host {
     return code;
   }
 
-  // `reader.gather` of the parameters, and what `step` returns for their statistics: -3 where a gradient is missing.
-  py::tuple measure(const Reader& reader, const py::list& params, int64_t table, Address pairs, Address control,
-                    int64_t numbers) const {
+  // `reader.gather` of the parameters, and what `step` returns for them; or -3 where a gradient is missing.
+  py::tuple gather(const Reader& reader, const py::list& params, int64_t table, Address pairs, Address control,
+                   int64_t numbers, int64_t mode) const {
     struct Reading {
       const Reader& reader;
       const py::list& params;
@@ -300,8 +300,8 @@ class Host {
         read = -1;
       }
     };
-    const int64_t code = calls_.measure(table, reading.pairs, PyList_GET_SIZE(params.ptr()), {run, &reading},
-                                        at<Control>(control), numbers);
+    const int64_t code = calls_.gather(table, reading.pairs, PyList_GET_SIZE(params.ptr()), {run, &reading},
+                                       at<Control>(control), numbers, mode);
     if (reading.error) std::rethrow_exception(reading.error);
     return py::make_tuple(reading.found[0], reading.found[1], code);
   }
@@ -390,8 +390,8 @@ PYBIND11_MODULE(_C, m) {
       .def("begin", &Host::begin, "Resets a control block: control, its rows, inv_scale, clip_value, ema_weight.")
       .def("step", &Host::step,
            "As the op _table_step_pairs: table, pairs, n, rows, control, its numbers, mode, what it writes.")
-      .def("measure", &Host::measure,
-           "Reader.gather, and `step` for statistics: reader, params, table, pairs, control, its numbers.")
+      .def("gather", &Host::gather,
+           "Reader.gather, and `step` to fit or measure: reader, params, table, pairs, control, its numbers, mode.")
       .def("settle", &Host::settle, "As the op _control: [(control, rows)], scale, scaled, clip_groups, max_norms.")
       .def("update_scaler", &Host::update_scaler, "As the op _scaler_update: state, policy, controls.");
   py::class_<Watch>(m, "Watch", "Remembers the objects in an optimizer's param_groups and state.")

@@ -31,9 +31,9 @@ struct HostCalls {
   // _table_step_pairs of a table on the CPU whose kernels are not launched; `numbers`: of the control block.
   int64_t (*step)(int64_t table, const core::Pair* pairs, int64_t n, const std::vector<int64_t>& rows,
                   core::Control* control, int64_t numbers, int64_t mode, const Beside& beside);
-  // The same with the mode of statistics, over all rows and with pairs that are still to be read: Table::measure.
-  int64_t (*measure)(int64_t table, const core::Pair* pairs, int64_t n, const Gather& gather, core::Control* control,
-                     int64_t numbers);
+  // The same over all rows, with pairs that are still to be read: Table::gather.
+  int64_t (*gather)(int64_t table, const core::Pair* pairs, int64_t n, const Gather& gather, core::Control* control,
+                    int64_t numbers, int64_t mode);
   // _control; blocks: of each control block its address and the number of its rows.
   void (*settle)(const std::vector<std::pair<core::Control*, int64_t>>& blocks, float scale,
                  const std::vector<int64_t>& scaled, const std::vector<int64_t>& clip_groups,

@@ -174,9 +174,9 @@ int64_t step_host(int64_t table, const core::Pair* pairs, int64_t n, const std::
   return find_table(table)->step(pairs, n, rows, controls_at(control, numbers), mode_from(mode, false), beside);
 }
 
-int64_t measure_host(int64_t table, const core::Pair* pairs, int64_t n, const Gather& gather, core::Control* control,
-                     int64_t numbers) {
-  return find_table(table)->measure(pairs, n, gather, controls_at(control, numbers));
+int64_t gather_host(int64_t table, const core::Pair* pairs, int64_t n, const Gather& gather, core::Control* control,
+                    int64_t numbers, int64_t mode) {
+  return find_table(table)->gather(pairs, n, gather, controls_at(control, numbers), mode_from(mode, false));
 }
 
 void settle_host(const std::vector<std::pair<core::Control*, int64_t>>& blocks, float scale,
@@ -196,7 +196,7 @@ bool update_scaler_host(core::Scaler* scaler, const core::Policy& policy, const 
 
 // _host_calls() -> int: the address of HostCalls.
 void host_calls(StableIValue* stack, uint64_t, uint64_t) {
-  static const HostCalls calls{&step_host, &measure_host, &settle_host, &update_scaler_host};
+  static const HostCalls calls{&step_host, &gather_host, &settle_host, &update_scaler_host};
   stack[0] = torch::stable::detail::from(word(&calls));
 }
 

@@ -86,9 +86,9 @@ class Table {
   // The same from facts that the caller has read. Tensors that must be copied first count as a misfit here.
   int64_t step(const Pair* pairs, int64_t n, const std::vector<int64_t>& rows, const Controls& control, Mode mode,
                const Beside& beside = {});
-  // Mode::stats over all rows from facts that are only now read: with `gather`, which fills in the pairs. Many small
-  // tensors are looked at while the next ones are read. Returns as `step`, or `not_all` where some were left out.
-  int64_t measure(const Pair* pairs, int64_t n, const Gather& gather, const Controls& control);
+  // Mode::fit or Mode::stats over all rows from facts that are only now read: by `reading`, which fills in the pairs.
+  // Small tensors are looked at while the next ones are read. Returns as `step`, or `not_all` where some were left out.
+  int64_t gather(const Pair* pairs, int64_t n, const Gather& reading, const Controls& control, Mode mode);
   // Whether a captured graph may still step what is in this table.
   bool captured() const { return on_device_.captured(); }
 

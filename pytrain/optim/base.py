@@ -20,6 +20,7 @@ from pytrain.control import (
     CONTROL_ROW,
     FOUND_INF,
     SKIPPED,
+    STATS,
     SUMSQ,
     WRITE,
     WRITE_FITTED,
@@ -298,7 +299,7 @@ class FusedOptimizer(Optimizer):
         settled, code = self._settled, 0
         if settled is not None and settled.is_current(self):
             settled.begin(grad_coef, clip_value, ema_weight)
-            code = settled.stats(False, between) if settled.gather(self, measures=True) else 0
+            code = settled.stats(False, between) if settled.gather(self, STATS) else 0
         if settled is None or code >= 0:
             self._settled = None
             settled = settle(self)

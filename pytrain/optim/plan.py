@@ -175,11 +175,12 @@ class Settled:
                 block[place].copy_(value, non_blocking=True)
         self.unbegun = self.unbegun.difference(devices)
 
-    def gather(self, optimizer: FusedOptimizer, *, measures: bool = False) -> bool:
+    def gather(self, optimizer: FusedOptimizer, first: int = WRITE) -> bool:
         """Find the gradients of this step; False where a parameter has one for the first time.
 
         Args:
-            measures: `stats` comes next, and may begin while they are found.
+            first: what they are wanted for next. FIT and STATS may be done while they are found; `Plan.found` then has
+                what came of it.
         """
         facts = backend.facts
         if facts is not None and self.waiting and facts.collect(self.waiting, "grad")[0]:
@@ -187,12 +188,12 @@ class Settled:
         work: list[Work] = []
         for plan in self.plans:
             assert facts is not None
-            plan.measured = NOT_ALL
+            plan.found = NOT_ALL
             if plan.pairs is None:
                 grads, rows = facts.collect(plan.params, "grad")
-            elif measures and plan.here and not backend.is_profiling():
-                grads, rows, plan.measured = backend.host.measure(
-                    backend.reader, plan.params, plan.table, plan.address, self.address, self.numbers
+            elif first < WRITE and plan.here and not backend.is_profiling():
+                grads, rows, plan.found = backend.host.gather(
+                    backend.reader, plan.params, plan.table, plan.address, self.address, self.numbers, first
                 )
             else:
                 grads, rows = backend.reader.gather(plan.params, plan.address)
@@ -219,8 +220,9 @@ class Settled:
             UnfitError: a tensor does not fit on the last try; with the parameter's place and the reason.
         """
         self.begin(grad_coef)
-        if not self.gather(optimizer):
+        if not self.gather(optimizer, STATS if self.coded else FIT):
             return 0
+        fitted = all(one[0].found in (APPLIED, SKIPPED) for one in self.work)
         if self.coded:
             code = self.stats(last_try)
             if code != APPLIED:
@@ -229,7 +231,7 @@ class Settled:
             return 0
         if found_inf is not None or grad_scale is not None:
             self.take_flags(found_inf, grad_scale)
-        return self.write(optimizer, last_try)
+        return self.write(optimizer, last_try, WRITE_FITTED if fitted else WRITE)
 
     def take_flags(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Have a torch GradScaler's flag and scale in the control blocks; no wait where there is one device."""
@@ -258,10 +260,7 @@ class Settled:
             elif scaler.current.device == self.home:
                 mode, besides = SETTLE, scaler.lend(between)
         for one in self.work:
-            if one[0].measured in (APPLIED, SKIPPED):
-                one[0].measured = NOT_ALL
-            else:
-                misfit |= self.call(one, last_try, mode, besides) >= 0
+            misfit |= self.call(one, last_try, mode, besides) >= 0
         if misfit:
             return 0
         self.settled = mode == SETTLE
@@ -355,12 +354,15 @@ class Settled:
     def call(self, work: Work, last_try: bool, mode: int, besides: Besides | tuple[()] = NOTHING) -> int:
         """Call the kernels over one plan."""
         plan, params, grads, rows = work
+        if mode < WRITE and plan.found in (APPLIED, SKIPPED):  # done already
+            code, plan.found = plan.found, NOT_ALL
+            return code
         written: list[Tensor] | None = None  # what autograd has been told of
         if plan.pairs is not None:
             if plan.here and not backend.is_profiling():
                 written = plan.written(params, rows) if mode == WRITE_FITTED else None  # which is sure to write
                 place, numbers = self.address, self.numbers
-                code: int = backend.host.step(plan.table, plan.address, len(grads), rows, place, numbers, mode, written)
+                code = backend.host.step(plan.table, plan.address, len(grads), rows, place, numbers, mode, written)
             else:
                 code = self.call_op(work, mode, besides)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors

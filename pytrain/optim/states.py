@@ -99,7 +99,7 @@ class Plan:
     touched: list[Tensor] = field(default_factory=list)  # params and bases
     pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
     address: int = 0  # of that memory
-    measured: int = NOT_ALL  # what pass 1 has said that `Settled.gather` took already
+    found: int = NOT_ALL  # what a call of the kernels has said that `Settled.gather` made already
     here: bool = False  # may the kernels be called past torch's dispatcher?
     table: int = 0
     averaged: frozenset[int] = frozenset()  # ids of the parameters whose averages were lent

@@ -1,4 +1,4 @@
-// Pass 1 of many small tensors, whose checks and sums begin while the caller still reads where they lie.
+// The checks and sums of many small tensors, which begin while the caller still reads where they lie.
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -41,15 +41,16 @@ bool wait_for(const std::atomic<int64_t>& read, int64_t n) {
 
 }  // namespace
 
-int64_t Table::measure(const Pair* pairs, int64_t n, const Gather& gather, const Controls& control) {
+int64_t Table::gather(const Pair* pairs, int64_t n, const Gather& reading, const Controls& control, Mode mode) {
   const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
   STD_TORCH_CHECK(alone.owns_lock(), info_.name, "_: two threads step the same parameters at once");
-  STD_TORCH_CHECK(!launches_, info_.name, "_: only tables on the CPU are measured while they are read");
+  STD_TORCH_CHECK(!launches_ && mode < Mode::settle, info_.name,
+                  "_: only fit and stats, on the CPU, begin before all is read");
   check_call(n, {}, control.block);
   fitted_ = nullptr;
   make_room(n);
   std::atomic<int64_t> read{0}, taken{0};
-  std::atomic<bool> late{!small_};
+  std::atomic<bool> late{!small_};  // the sums come later, all of them
   Misfits misfits(n);
   const auto look = [&] {
     std::vector<double> partials;
@@ -57,12 +58,13 @@ int64_t Table::measure(const Pair* pairs, int64_t n, const Gather& gather, const
       const int64_t end = std::min(n, begin + chunk_rows);
       for (int64_t k = begin; k < std::min(end, begin + rows_ahead); ++k) call_ahead(k);
       if (!wait_for(read, end) || !fit_rows(pairs, begin, end, {}, misfits)) return;
-      if (!late.load(std::memory_order_relaxed) && !sum_chunk(begin, end, partials)) late = true;
+      if (mode == Mode::fit || late.load(std::memory_order_relaxed)) continue;
+      if (!sum_chunk(begin, end, partials)) late = true;
     }
   };
   const int64_t threads = n < few_rows ? 1 : std::min<int64_t>(most_threads, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    if (begin == 0) gather.run(gather.context, read);  // on the thread that called
+    if (begin == 0) reading.run(reading.context, read);  // on the thread that called
     look();
   });
   if (read < n) return not_all;
@@ -72,6 +74,7 @@ int64_t Table::measure(const Pair* pairs, int64_t n, const Gather& gather, const
   }
   note_extents({});
   fitted_ = pairs;
+  if (mode == Mode::fit) return applied;
   return late ? run_on_cpu(control.block, Mode::stats) : add_sums(*static_cast<core::Control*>(control.block.data));
 }
 
