@@ -290,6 +290,7 @@ class Host {
       Pair* pairs;
       py::tuple found;
       std::exception_ptr error;
+      PyThreadState* released = nullptr;
     } reading{reader, params, at<Pair>(pairs), py::tuple(), nullptr};
     const auto run = [](void* context, std::atomic<int64_t>& read) {
       auto& it = *static_cast<Reading*>(context);
@@ -299,9 +300,19 @@ class Host {
         it.error = std::current_exception();
         read = -1;
       }
+      it.released = PyEval_SaveThread();  // others may run while the rest is done
     };
-    const int64_t code = calls_.gather(table, reading.pairs, PyList_GET_SIZE(params.ptr()), {run, &reading},
-                                       at<Control>(control), numbers, mode);
+    int64_t code;
+    {
+      struct Restore {
+        PyThreadState*& released;
+        ~Restore() {
+          if (released) PyEval_RestoreThread(released);
+        }
+      } const restore{reading.released};
+      code = calls_.gather(table, reading.pairs, PyList_GET_SIZE(params.ptr()), {run, &reading}, at<Control>(control),
+                           numbers, mode);
+    }
     if (reading.error) std::rethrow_exception(reading.error);
     return py::make_tuple(reading.found[0], reading.found[1], code);
   }

@@ -62,8 +62,11 @@ class Part(Protocol):
     ) -> Tensor:
         """Pass 1; it may settle the control block where `between` says how."""
 
-    def finish(self, *, alone: bool, scaler: Moving | None) -> None:
-        """Pass 2; `alone` where nothing has run since pass 1 that could have moved a tensor; it may move the scaler."""
+    def finish(self, *, alone: bool, scaler: Moving | None) -> Tensor | Array:
+        """Pass 2; `alone` where nothing has run since pass 1 that could have moved a tensor; it may move the scaler.
+
+        Returns the control block, which no later step changes.
+        """
 
     def abandon(self) -> None:
         """Forget pass 1, if pass 2 has not come."""
@@ -73,9 +76,6 @@ class Part(Protocol):
 
     def done(self) -> frozenset[int]:
         """The ids of the parameters whose averages pass 2 has moved, unless it did nothing."""
-
-    def record(self) -> Tensor | Array:
-        """The control block, which no later step changes."""
 
 
 def part_of(optimizer: Optimizer, place: int = 0) -> Part:
@@ -158,13 +158,13 @@ class Foreign:
             self.control[CONTROL_HEAD + row * CONTROL_ROW + SUMSQ] = total
         return self.control
 
-    def finish(self, *, alone: bool, scaler: Moving | None = None) -> None:
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> Tensor:
         """Pass 2: nothing where an inf or nan was found."""
         optimizer, fused = self.optimizer, isinstance(self.optimizer, FusedOptimizer)
         if self.control[FOUND_INF] != 0:
             if fused:
                 optimizer.skip()  # type: ignore[attr-defined]
-            return
+            return self.control
         rows = self.control[CONTROL_HEAD:].view(-1, CONTROL_ROW)
         with torch.no_grad():
             for row, group in zip(rows, optimizer.param_groups, strict=True):
@@ -175,9 +175,9 @@ class Foreign:
             if self.spread is not None:
                 agreement([self], [optimizer], None).agree_on([self.control])  # type: ignore[union-attr]
             if self.control[FOUND_INF] != 0:
-                self.finish(alone=alone)
-                return
+                return self.finish(alone=alone)
         optimizer.step()
+        return self.control
 
     def _prepare(self, params: list[Tensor], coef: float) -> None:
         """Multiply and clamp gradients in place."""
@@ -211,10 +211,6 @@ class Foreign:
         """None."""
         return NOBODY
 
-    def record(self) -> Tensor:
-        """Each step has its own."""
-        return self.control
-
 
 class Released:
     """An optimizer that steps in backward: its gradients are gone, and what was bad was skipped one by one."""
@@ -247,10 +243,11 @@ class Released:
         self.control[CONTROL_HEAD:].view(-1, CONTROL_ROW)[:, SUMSQ] = math.nan
         return self.control
 
-    def finish(self, *, alone: bool, scaler: Moving | None = None) -> None:
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> Tensor:
         """Close the step."""
         self.optimizer.step()
         self.control[FOUND_INF] = float(self.optimizer.step_was_skipped)
+        return self.control
 
     def abandon(self) -> None:
         """Nothing was begun."""
@@ -262,7 +259,3 @@ class Released:
     def done(self) -> frozenset[int]:
         """None."""
         return NOBODY
-
-    def record(self) -> Tensor:
-        """Each step has its own."""
-        return self.control

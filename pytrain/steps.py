@@ -199,8 +199,7 @@ def take(
         if not parts[0].settles:
             settle(controls, ONE if scaler is None else scaler.current, scaled, clip.groups, clip.max_norms)
         # PASS 2   read p, g, m, v -> write p, m, v, low copy, average, g = 0; nothing where found_inf
-        for part in parts:
-            part.finish(alone=alone, scaler=scaler if moves else None)
+        records = [part.finish(alone=alone, scaler=scaler if moves else None) for part in parts]
     except BaseException:
         for part in parts:
             part.abandon()
@@ -213,7 +212,7 @@ def take(
         shards.publish()
     if ema is not None:
         _follow(ema, optimizers, parts)
-    return [part.record() for part in parts]
+    return records
 
 
 _take_eagerly = _disable_dynamo(take)  # torch.compile breaks its graph here and compiles nothing of the step

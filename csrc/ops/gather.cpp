@@ -81,6 +81,7 @@ int64_t Table::gather(const Pair* pairs, int64_t n, const Gather& reading, const
 bool Table::sum_chunk(int64_t begin, int64_t end, std::vector<double>& partials) {
   int64_t offsets[chunk_rows], places[chunk_rows], total = 0, n_partials = 0;
   for (int64_t k = begin; k < end; ++k) {
+    if (staging_[k]) return false;  // its gradient does not lie as its parameter does
     offsets[k - begin] = total;
     places[k - begin] = n_partials;
     total += segments_[k].numel;

@@ -107,7 +107,6 @@ class FusedOptimizer(Optimizer):
         self._skipped: bool | Tensor = False  # a control block on a device, where only that knows
         self._swapped = False
         self._measured: Settled | None = None
-        self._last: Settled | None = None  # the last that was measured
         self.averages: dict[int, Tensor] = {}
         self.storage = Storage.of(options)
         self.counts_steps = self.steps_in_state or self.storage.needs_steps
@@ -311,24 +310,26 @@ class FusedOptimizer(Optimizer):
                 settled.forget(self)
                 raise
             self._settled = settled
-        self._measured = self._last = settled
+        self._measured = settled
         self.settles = settled.settled
         return settled.control
 
-    def finish(self, *, alone: bool, scaler: Moving | None = None) -> None:
-        """Pass 2 of `pytrain.step`: as `step()` after a `measure`.
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> Tensor | Array:
+        """Pass 2 of `pytrain.step`: as `step()` after a `measure`. Returns a copy of the step's control block.
 
         Args:
             alone: nothing has run since `measure` that could have moved a tensor.
             scaler: what may move in the same launch; its `moved` says whether it has.
         """
-        patched = self.__dict__.get("step")
+        settled, patched = self._measured, self.__dict__.get("step")
+        assert settled is not None
         if patched is not None and hasattr(patched, "_wrapped_by_lr_sched"):
             self._opt_called, patched = True, None  # all that a scheduler's wrapper does
         if patched is not None or self._hooked():
             self.step()
         else:
             self._write(WRITE_FITTED if alone else WRITE, scaler)
+        return settled.record()
 
     def _hooked(self) -> bool:
         mine = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
@@ -363,13 +364,6 @@ class FusedOptimizer(Optimizer):
     def done(self) -> frozenset[int]:
         """The ids of the parameters whose averages, lent by `measure`, the last step has moved if it was applied."""
         return frozenset() if self._settled is None else self._settled.averaged
-
-    def record(self) -> Tensor | Array:
-        """The last measured step's control block, which no later step changes."""
-        if self._shards is not None:
-            return self._shards.record()
-        assert self._last is not None
-        return self._last.record()
 
     def abandon(self) -> None:
         """Take back a `measure` whose pass 2 will not come."""
@@ -447,7 +441,7 @@ class FusedOptimizer(Optimizer):
             restore_dtypes(state, loading)
         super().__setstate__(state)
         self._settled, self._loading, self._warned, self._skipped, self._swapped = None, None, set(), False, False
-        self._measured, self._last, self.averages = None, None, {}
+        self._measured, self.averages = None, {}
         if not hasattr(self, "storage"):  # an optimizer pickled by an older version
             self.storage, self.counts_steps = Storage(), self.steps_in_state
         if getattr(self, "_release", None) is None:

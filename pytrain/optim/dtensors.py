@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pytrain import backend
-from pytrain.control import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, SUMSQ, WRITE, Array
+from pytrain.control import CONTROL_HEAD, CONTROL_ROW, FOUND_INF, SUMSQ, WRITE
 from pytrain.optim.states import UnfitError
 from pytrain.optim.storage import elementwise
 
@@ -168,11 +168,6 @@ class Shards:
         assert self._inner is not None
         self._inner.abandon()
         self._drop_grads()
-
-    def record(self) -> Tensor | Array:
-        """The control block of the last step."""
-        assert self._inner is not None
-        return self._inner.record()
 
     def inner(self, optimizer: FusedOptimizer) -> FusedOptimizer:
         """The optimizer of the shards, made anew where parameters, their shards or state are other objects."""

@@ -186,6 +186,8 @@ class Settled:
         if facts is not None and self.waiting and facts.collect(self.waiting, "grad")[0]:
             return False
         work: list[Work] = []
+        if self.merges:
+            first = WRITE  # a device takes the control block over before there are sums in it
         for plan in self.plans:
             assert facts is not None
             plan.found = NOT_ALL
@@ -197,6 +199,8 @@ class Settled:
                 )
             else:
                 grads, rows = backend.reader.gather(plan.params, plan.address)
+            if grads and plan.found not in (APPLIED, SKIPPED):
+                first = WRITE  # sums are added in the order of the plans
             if grads:
                 work += [(plan, [plan.params[k] for k in rows] if rows else plan.params, grads, rows)]
         for other in self.slow:
@@ -259,7 +263,7 @@ class Settled:
                 mode, besides = SETTLE, (None, groups, norms, NOTHING)
             elif scaler.current.device == self.home:
                 mode, besides = SETTLE, scaler.lend(between)
-        for one in self.work:
+        for one in sorted(self.work, key=lambda one: one[0].here) if self.merges else self.work:
             misfit |= self.call(one, last_try, mode, besides) >= 0
         if misfit:
             return 0
@@ -354,7 +358,7 @@ class Settled:
     def call(self, work: Work, last_try: bool, mode: int, besides: Besides | tuple[()] = NOTHING) -> int:
         """Call the kernels over one plan."""
         plan, params, grads, rows = work
-        if mode < WRITE and plan.found in (APPLIED, SKIPPED):  # done already
+        if mode < SUMS and plan.found in (APPLIED, SKIPPED):  # done already
             code, plan.found = plan.found, NOT_ALL
             return code
         written: list[Tensor] | None = None  # what autograd has been told of
@@ -366,7 +370,7 @@ class Settled:
             else:
                 code = self.call_op(work, mode, besides)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors
-                plan.pairs = None
+                plan.pairs = written = None
         if plan.pairs is None:
             code = self.call_with_lists(work, last_try, mode, besides)
         if self.unbegun and mode in (STATS, SETTLE) and code < 0:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +22,7 @@ import pytrain
 from pytrain import backend
 from pytrain.amp import LossScaler
 from pytrain.ema import EMA
-from pytrain.optim import SGD, AdamW
+from pytrain.optim import SGD, AdamW, base, plan
 
 pytestmark = pytest.mark.skipif(
     backend.host is None or backend.simulated, reason="what only the kernels on the CPU do, called past the dispatcher"
@@ -161,6 +165,91 @@ def test_a_graph_that_holds_the_scale_is_refused_once_the_scale_has_moved() -> N
     assert scaler.get_scale() == 16.0
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for a page that must not be read")
+@pytest.mark.parametrize("kind", ["expanded", "half"])
+def test_nothing_is_read_behind_a_gradient_that_is_smaller_than_its_parameter(kind: str) -> None:
+    """In a process of its own, which would be killed."""
+    code = f"""
+import ctypes, torch, pytrain
+libc = ctypes.CDLL(None)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p] + [ctypes.c_size_t] * 5
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+at = libc.mmap(None, 8192, 3, 0x22, 2**64 - 1, 0)
+assert libc.mprotect(at + 4096, 4096, 0) == 0
+page = (ctypes.c_char * 4096).from_address(at)
+p = torch.nn.Parameter(torch.zeros(64))
+optimizer = pytrain.optim.AdamW([p])
+if {kind!r} == "half":
+    p.grad_dtype = None
+    grad = torch.frombuffer(page, dtype=torch.float16)[-64:].fill_(1.0)
+else:
+    grad = torch.frombuffer(page, dtype=torch.float32)[-1:].fill_(1.0).expand(64)
+for p.grad in (torch.ones(64), grad):
+    assert pytrain.step(optimizer, max_norm=1.0).grad_norm == 8.0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_norm_over_several_dtypes_does_not_hang_on_what_was_before(seed: int) -> None:
+    """A resumed optimizer finds the same bits, and so does one whose first table has a gradient missing."""
+
+    def make() -> tuple[list[nn.Parameter], AdamW]:
+        params = [p for dtype in (torch.float32, torch.bfloat16, torch.float64) for p in model([(50,)] * 20, dtype)]
+        return params, AdamW(params, lr=0.1)
+
+    def give(params: list[nn.Parameter], seed: int, without: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = None if i == without else grad
+
+    params, optimizer = make()
+    for _ in range(2):
+        give(params, seed)
+        pytrain.step(optimizer, max_norm=1.0)
+    others, resumed = make()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        torch._foreach_copy_(others, params)
+    for without in (3, None, 25):
+        give(params, seed + 1, without)
+        give(others, seed + 1, without)
+        norms = [pytrain.step(o, max_norm=1.0).grad_norm for o in (optimizer, resumed)]
+        assert norms[0] == norms[1]
+    assert all(a.equal(b) for a, b in zip(everything(optimizer), everything(resumed), strict=True))
+
+
+def test_a_hook_may_roll_the_optimizer_back_in_a_step() -> None:
+    params = model([(16,)] * 3)
+    optimizer = AdamW(params)
+    pytrain.step(optimizer, max_norm=1.0)
+    good = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_step_post_hook(lambda o, args, kwargs: o.load_state_dict(good))
+    assert pytrain.step(optimizer, max_norm=1.0).applied
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_a_skipped_first_step_keeps_no_state() -> None:
+    params = model([(16,)] * 3)
+    optimizer = AdamW(params)
+    params[0].grad[0] = NAN  # type: ignore[index]
+    made: list[weakref.ref[Any]] = []
+    settle = plan.settle
+
+    def watched(optimizer: Any) -> Any:
+        settled = settle(optimizer)
+        made.append(weakref.ref(settled))
+        return settled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "settle", watched)
+        info = pytrain.step(optimizer, max_norm=1.0)
+    assert not info.applied and not optimizer.state and info.first_bad == 0
+    assert len(made) == 1 and made[0]() is None
 
 
 def test_threads_that_step_their_own_models_at_once_do_not_disturb_each_other() -> None:
