@@ -259,11 +259,14 @@ class Host {
                int64_t numbers, int64_t mode, const py::object& written) const {
     struct Noting {
       const py::object &note, &written;
+      const Pair* pairs;
+      int64_t n;
       std::exception_ptr error;
-    } noting{note_written_, written, nullptr};
+    } noting{note_written_, written, at<const Pair>(pairs), n, nullptr};
     const auto note = [](void* context) {
       auto& it = *static_cast<Noting*>(context);
       const py::gil_scoped_acquire python;
+      call_versions(it.written, it.pairs, it.n);
       try {
         it.note(it.written);
       } catch (...) {
@@ -333,6 +336,15 @@ class Host {
   }
 
  private:
+  // Calls what a note of these tensors looks at into the caches; the first n are parameters, which the pairs know.
+  static void call_versions(const py::object& written, const Pair* pairs, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+      pytrain::core::prefetch(PyList_GET_ITEM(written.ptr(), k));
+      pytrain::core::prefetch_around(pairs[k].param.sizes);
+    }
+    for (int64_t k = 0; k < n; ++k) pytrain::core::prefetch_version(pairs[k].param.sizes, pairs[k].param.dim);
+  }
+
   template <class T>
   static T* at(Address address) {
     return reinterpret_cast<T*>(address);
