@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch.optim.optimizer import Optimizer
 
@@ -27,8 +27,7 @@ class ClipGroup:
     max_norm: float
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """For each param group of all optimizers which of `max_norms` holds (-1: none); the limit by value (0: none)."""
 
     groups: list[int]

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytrain import backend
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # The control block, as in csrc/core/control.h: its head, and then a row a param group.
 INV_SCALE, FOUND_INF, CLIP_VALUE, GRAD_NORM, FIRST_BAD, CONTROL_HEAD = range(6)
 GRAD_SIGN, EMA_WEIGHT, CLIP_COEF, SUMSQ, CONTROL_HYPERS = range(5)
 CONTROL_ROW = 18
-Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+Record: TypeAlias = "Tensor | bytearray"  # a copy of one: on its device, or its bytes
 MAX_SUMS = 2  # csrc/core/segment.h
 FIT, STATS, SETTLE, SUMS, WRITE, WRITE_FITTED = range(6)  # of a call of the kernels: Table::Mode in csrc/ops/table.h
 ONE = torch.ones((), dtype=torch.float32, device="cpu")  # the scale of a loss that nothing has scaled

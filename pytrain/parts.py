@@ -23,9 +23,9 @@ from pytrain.control import (
     FOUND_INF,
     INV_SCALE,
     SUMSQ,
-    Array,
     Between,
     Moving,
+    Record,
 )
 from pytrain.optim.base import FusedOptimizer
 from pytrain.optim.slow import sum_squares
@@ -62,7 +62,7 @@ class Part(Protocol):
     ) -> Tensor:
         """Pass 1; it may settle the control block where `between` says how."""
 
-    def finish(self, *, alone: bool, scaler: Moving | None) -> Tensor | Array:
+    def finish(self, *, alone: bool, scaler: Moving | None) -> Record:
         """Pass 2; `alone` where nothing has run since pass 1 that could have moved a tensor; it may move the scaler.
 
         Returns the control block, which no later step changes.

@@ -30,7 +30,7 @@ from pytrain.control import (
     INV_SCALE,
     ONE,
     SUMSQ,
-    Array,
+    Record,
     settle,
 )
 from pytrain.parts import Part, Released, Shards, agreement, part_of
@@ -47,6 +47,10 @@ NO_AVERAGES: dict[int, Tensor] = {}
 NO_STAGES: list[Stage] = []
 
 
+def _as_tensor(record: Record) -> Tensor:
+    return record if isinstance(record, Tensor) else torch.frombuffer(record, dtype=torch.float64)
+
+
 class StepInfo:
     """What a step did. Nothing is read from the device before it is asked for.
 
@@ -54,12 +58,12 @@ class StepInfo:
     of n.
     """
 
-    def __init__(self, controls: list[Tensor | Array], scale: Tensor | float, several: bool) -> None:
-        self._kept, self._several, self._scale = controls, several, scale
+    def __init__(self, records: list[Record], scale: Tensor | float, several: bool) -> None:
+        self._records, self._several, self._scale = records, several, scale
 
     @property
     def _controls(self) -> list[Tensor]:
-        return [c if isinstance(c, Tensor) else torch.from_numpy(c) for c in self._kept]
+        return [_as_tensor(record) for record in self._records]
 
     def _each(self, field: int) -> Tensor:
         if not self._several:
@@ -166,7 +170,7 @@ def take(
     ema: Average | None = None,
     shards: Shards | None = None,
     moves: bool = False,
-) -> list[Tensor | Array]:
+) -> list[Record]:
     """The straight line of a step, up to the loss scale's update. Returns a copy of each optimizer's control block.
 
     Args:
@@ -235,10 +239,11 @@ def _follow(ema: Average, optimizers: Sequence[Optimizer], parts: list[Part]) ->
     ema.advance(done)
 
 
-def _advance(schedule: LRScheduler, control: Tensor | Array) -> None:
+def _advance(schedule: LRScheduler, record: Record) -> None:
     """Let a schedule advance by the step that this control block tells of, if it was applied."""
+    control = _as_tensor(record)
     advance_where = getattr(schedule, "advance_where", None)  # those of pytrain.optim.schedules have it
-    if advance_where is not None and isinstance(control, Tensor) and is_remote(control.device):
+    if advance_where is not None and is_remote(control.device):
         advance_where(control[FOUND_INF] == 0)
     elif control[FOUND_INF] == 0:
         schedule.step()

@@ -21,8 +21,8 @@ inline void prefetch_around(const void* sizes) {
   prefetch(at + 112);
 }
 
-// Of a living tensor, whose facts are there: its version, whose address torch keeps in the words before the sizes, where
-// these are few.
+// Of a living tensor, whose facts are there: its version. Where sizes are few, torch keeps its address in the words
+// before them.
 inline void prefetch_version(const void* sizes, int64_t dimensions) {
   if (sizes && dimensions <= 5) prefetch(static_cast<const void* const*>(sizes)[-3]);
 }

@@ -24,9 +24,9 @@ from pytrain.control import (
     SUMSQ,
     WRITE,
     WRITE_FITTED,
-    Array,
     Between,
     Moving,
+    Record,
 )
 from pytrain.optim.plan import Settled, settle
 from pytrain.optim.release import Release
@@ -314,7 +314,7 @@ class FusedOptimizer(Optimizer):
         self.settles = settled.settled
         return settled.control
 
-    def finish(self, *, alone: bool, scaler: Moving | None = None) -> Tensor | Array:
+    def finish(self, *, alone: bool, scaler: Moving | None = None) -> Record:
         """Pass 2 of `pytrain.step`: as `step()` after a `measure`. Returns a copy of the step's control block.
 
         Args:

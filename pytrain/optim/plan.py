@@ -39,10 +39,10 @@ from pytrain.control import (
     SUMSQ,
     WRITE,
     WRITE_FITTED,
-    Array,
     Besides,
     Between,
     Moving,
+    Record,
 )
 from pytrain.optim import slow
 from pytrain.optim.states import (
@@ -90,7 +90,7 @@ class Settled:
         self.hypers: list[tuple[float, ...]] = [() for _ in groups]
         self.given = torch.zeros(CONTROL_HEAD + CONTROL_ROW * len(groups), dtype=torch.float64, device="cpu")
         self.block, self.address = self.given.numpy(), self.given.data_ptr()
-        self.numbers, self.n_rows = len(self.block), len(groups)
+        self.seen, self.numbers, self.n_rows = self.block.data, len(self.block), len(groups)
         devices = {plan.device for plan in plans}
         # Control blocks that the host cannot look into; `given` is what it has written to them.
         self.remote = {device: self.given.to(device, copy=True) for device in devices if backend.is_remote(device)}
@@ -286,7 +286,7 @@ class Settled:
             if scale:
                 backend.host.settle([(self.address, self.n_rows)], scale, (scaler is not None,), groups, norms)
                 self.settled = True
-        return SKIPPED if self.block[FOUND_INF] else APPLIED
+        return SKIPPED if self.seen[FOUND_INF] else APPLIED
 
     def read_remote(self) -> None:
         """Have what pass 1 has found where `control` is; a device without gradients has found nothing."""
@@ -308,7 +308,7 @@ class Settled:
         Args:
             scaler: what moves in the same launch, where pass 1 has settled the control block.
         """
-        if self.block[FOUND_INF]:
+        if self.seen[FOUND_INF]:
             self.work = []
             return SKIPPED
         if self.merged:
@@ -338,9 +338,9 @@ class Settled:
         self.work = []
         return APPLIED
 
-    def record(self) -> Tensor | Array:
+    def record(self) -> Record:
         """A copy of the control block, in the host's memory where that has it."""
-        return self.control.clone() if self.remote and not self.merges else self.block.copy()
+        return self.control.clone() if self.remote and not self.merges else bytearray(self.seen)
 
     def note_averaged(self) -> None:
         """Remember whose lent averages this step has moved: in the same object while it is the same parameters."""
