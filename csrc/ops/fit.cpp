@@ -163,10 +163,10 @@ Table::Found Table::fit_all(const Pair* pairs, int64_t n, const std::vector<int6
 
 void Table::note_extents(const std::vector<int64_t>& rows) {
   bool moved = false;
-  int64_t elements = 0;
+  elements_ = 0;
   extents_.resize(kept_.groups.size());
   for (size_t k = 0; k < segments_.size(); ++k) {
-    elements += segments_[k].numel;
+    elements_ += segments_[k].numel;
     if (staging_[k] & stage_param) continue;  // updated in a copy
     const auto* const begin = static_cast<const char*>(segments_[k].param);
     const std::pair<const char*, const char*> extent{begin, begin + segments_[k].numel * core::bytes(storage_.param)};
@@ -174,7 +174,7 @@ void Table::note_extents(const std::vector<int64_t>& rows) {
     moved |= remembered != extent;
     remembered = extent;
   }
-  small_ = elements <= static_cast<int64_t>(segments_.size()) * cpu::block;
+  small_ = elements_ <= static_cast<int64_t>(segments_.size()) * cpu::block;
   if (moved) shared_ = find_shared_memory();
 }
 

@@ -9,9 +9,10 @@
 namespace pytrain::ops {
 namespace {
 
-// What a thread takes at once; and from how many rows on it pays that several do.
+// What a thread takes at once; from how many rows on several do; and how many elements one may add up alone.
 constexpr int64_t chunk_rows = 64;
 constexpr int64_t few_rows = 2 * chunk_rows;
+constexpr int64_t few_elements = 131072;
 // Of a chunk with more elements the sums are left to a walk that shares out single blocks.
 constexpr int64_t chunk_elements = chunk_rows * cpu::block;
 // One thread reads; more than so many would wait for it.
@@ -50,7 +51,8 @@ int64_t Table::gather(const Pair* pairs, int64_t n, const Gather& reading, const
   fitted_ = nullptr;
   make_room(n);
   std::atomic<int64_t> read{0}, taken{0};
-  std::atomic<bool> late{!small_};  // the sums come later, all of them
+  const bool few = n < few_rows;
+  std::atomic<bool> late{!small_ || (few && elements_ > few_elements)};  // the sums come later, all of them
   Misfits misfits(n);
   const auto look = [&] {
     std::vector<double> partials;
@@ -62,7 +64,7 @@ int64_t Table::gather(const Pair* pairs, int64_t n, const Gather& reading, const
       if (!sum_chunk(begin, end, partials)) late = true;
     }
   };
-  const int64_t threads = n < few_rows ? 1 : std::min<int64_t>(most_threads, torch::stable::get_num_threads());
+  const int64_t threads = few ? 1 : std::min<int64_t>(most_threads, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
     if (begin == 0) reading.run(reading.context, read);  // on the thread that called
     look();

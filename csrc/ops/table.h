@@ -168,7 +168,8 @@ class Table {
   // Where the parameters lay when they were last compared with each other, and whether some share memory.
   std::vector<std::pair<const char*, const char*>> extents_;
   bool shared_ = false;
-  bool small_ = false;  // had the last step's tensors a block on average, or less?
+  int64_t elements_ = 0;  // of the last step's tensors together,
+  bool small_ = false;    // and whether they had a block on average, or less
   DeviceTable on_device_;
   std::vector<cuda::Item> items_;
   SettleArgument settled_;  // of the last pass 1 that settled: pass 2 reads from there where the loss scale moves
