@@ -7,14 +7,13 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optim_cases import threads
 from step_cases import INF, NAN, copies, everything
 from torch import Tensor, nn
 
@@ -28,16 +27,6 @@ pytestmark = pytest.mark.skipif(
     backend.host is None or backend.simulated, reason="what only the kernels on the CPU do, called past the dispatcher"
 )
 MANY = 300
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def model(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> nn.ParameterList:
