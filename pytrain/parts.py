@@ -1,7 +1,7 @@
 """What takes part in a step: pytrain's optimizers have both passes themselves; here is what steps any other one.
 
-A part has `measure` (pass 1, which returns the control block), `finish` (pass 2), `abandon` (take pass 1 back),
-`skipped` (whether pass 2 did nothing) and `done` (the parameters whose averages it has moved).
+A part has `measure` (pass 1, which returns the control block), `finish` (pass 2, which returns a copy of it), `abandon`
+(take pass 1 back), `skipped` (whether pass 2 did nothing) and `done` (the parameters whose averages it has moved).
 """
 
 from __future__ import annotations

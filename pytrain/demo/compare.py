@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import pytrain
+from pytrain.control import Record
 from pytrain.demo.tasks import Settings, Task, loss_of
 from pytrain.launch import StrategyName, Team
 from pytrain.optim import FusedOptimizer
@@ -289,9 +290,10 @@ def watch_step(optimizer: FusedOptimizer, run: Run) -> None:
         started = perf_counter()
         return measure(*args)
 
-    def second_pass(**options: Any) -> None:
-        finish(**options)
+    def second_pass(**options: Any) -> Record:
+        record = finish(**options)
         run.after_seconds.append(perf_counter() - started)
+        return record
 
     optimizer.measure, optimizer.finish = first_pass, second_pass  # type: ignore[method-assign, assignment]
 
