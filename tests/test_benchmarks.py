@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_buckets
 import bench_formats
 import bench_gpu
+import bench_looks
 import bench_optim
 import bench_release
 import bench_rules
@@ -47,6 +48,19 @@ def test_rows_are_complete(optimizer: str, tmp_path: Path, capsys: pytest.Captur
     assert all(row["machine"]["torch"] == torch.__version__ and row["share_of_triad"] > 0 for row in rows)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and len({len(line) for line in table}) == 1
+
+
+@needs_kernels
+def test_each_part_of_a_look_is_told_warm_and_cold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, file = torch.get_num_threads(), tmp_path / "rows.jsonl"
+    try:
+        assert bench_looks.main(["--quick", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["part"] for row in rows] == list(bench_looks.PARTS.values())
+    assert all(row["warm_ns"] > 0 and row["cold_ns"] > 0 for row in rows)
+    assert "warm, ns" in capsys.readouterr().out
 
 
 def test_fresh_gradients_are_new_tensors_with_the_wanted_values() -> None:
