@@ -121,7 +121,8 @@ def _make_reader() -> Any:
     if facts is None or exchange is None:
         return None
     try:
-        return facts.Reader(exchange, (Tensor, torch.nn.Parameter))
+        probe = torch.zeros(1, device="cpu")
+        return facts.Reader(exchange, (Tensor, torch.nn.Parameter), probe, probe._cdata, probe.untyped_storage()._cdata)
     except (ImportError, ValueError):  # another major version of DLPack, or another capsule: lists of tensors serve
         return None
 

@@ -21,10 +21,19 @@ inline void prefetch_around(const void* sizes) {
   prefetch(at + 112);
 }
 
-// Of a living tensor, whose facts are there: its version. Where sizes are few, torch keeps its address in the words
-// before them.
-inline void prefetch_version(const void* sizes, int64_t dimensions) {
-  if (sizes && dimensions <= 5) prefetch(static_cast<const void* const*>(sizes)[-3]);
+// The same without the sizes, for who asks only how many elements there are, and where.
+inline void prefetch_flat(const void* sizes) {
+  const char* const at = static_cast<const char*>(sizes);
+  prefetch(at - 48);
+  prefetch(at + 88);
+  prefetch(at + 112);
+}
+
+// Where few sizes are, the addresses of what belongs to the tensor stand in the words before them.
+enum class Beside : int { tensor = -8, storage = -6, autograd = -5, version = -3 };
+constexpr int64_t few_sizes = 5;
+inline const void* beside(const int64_t* sizes, Beside word) {
+  return reinterpret_cast<const void* const*>(sizes)[static_cast<int>(word)];
 }
 
 }  // namespace pytrain::core

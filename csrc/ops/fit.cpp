@@ -56,7 +56,7 @@ void Table::call_ahead(int64_t row) const {
   const size_t n = kept_.groups.size(), each = places_.size() / n;
   for (size_t i = row * each; i < (row + 1) * each; ++i) {
     core::prefetch(places_[i].handle);
-    core::prefetch_around(places_[i].sizes);
+    core::prefetch_flat(places_[i].sizes);
   }
 }
 
@@ -166,6 +166,7 @@ void Table::note_extents(const std::vector<int64_t>& rows) {
   elements_ = 0;
   extents_.resize(kept_.groups.size());
   for (size_t k = 0; k < segments_.size(); ++k) {
+    offsets_[k] = elements_;
     elements_ += segments_[k].numel;
     if (staging_[k] & stage_param) continue;  // updated in a copy
     const auto* const begin = static_cast<const char*>(segments_[k].param);

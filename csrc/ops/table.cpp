@@ -87,6 +87,7 @@ Table::Table(int rule, const RuleInfo& info, const core::Storage& storage, int64
   for (size_t row = 0; row < n; ++row) {
     STD_TORCH_CHECK(kept_.groups[row] >= 0, info_.name, "_: groups[", row, "] is ", kept_.groups[row],
                     ", expected >= 0");
+    last_group_ = std::max(last_group_, kept_.groups[row]);
   }
   note_places();
 }
@@ -97,6 +98,7 @@ void Table::check_call(int64_t n, const std::vector<int64_t>& rows, const View& 
   const int64_t expected = rows.empty() ? all : static_cast<int64_t>(rows.size());
   STD_TORCH_CHECK(n == expected, info_.name, "_: params has ", n, " tensors, expected ", expected);
   const int64_t control_rows = (control.numel - core::control_head) / core::control_row;
+  if (rows.empty() && last_group_ < control_rows) return;
   for (int64_t k = 0; k < n; ++k) {
     const int64_t row = rows.empty() ? k : rows[k];
     STD_TORCH_CHECK(row >= 0 && row < all, info_.name, "_: rows[", k, "] is ", row, ", expected 0 to ", all - 1);
@@ -116,12 +118,12 @@ double* Table::sums_between(int64_t n) const {
   return static_cast<double*>(v.data);
 }
 
-void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total) {
+void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job) {
   const auto range = [&](int64_t begin, int64_t end) { kernels.measure(job, begin, end); };
   if (shared_) {
-    range(0, total);
+    range(0, elements_);
   } else {
-    torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements, range);
+    torch::stable::parallel_for(0, elements_, elements_ > grain_elements ? 1 : grain_elements, range);
   }
   for (int64_t k = 0; k < job.n_segments; ++k) {
     const double* const partials = partials_.data() + partial_offsets_[k];
@@ -133,8 +135,8 @@ void Table::take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t 
   }
 }
 
-int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control) {
-  torch::stable::parallel_for(0, total, total > grain_elements ? 1 : grain_elements,
+int64_t Table::take_stats(const cpu::Kernels& kernels, const cpu::Job& job, core::Control& control) {
+  torch::stable::parallel_for(0, elements_, elements_ > grain_elements ? 1 : grain_elements,
                               [&](int64_t begin, int64_t end) { kernels.stats(job, begin, end); });
   for (int64_t k = 0; k < job.n_segments; ++k) {
     block_sums_[k] = cpu::total(partials_.data() + partial_offsets_[k], n_blocks(segments_[k]));
@@ -190,20 +192,41 @@ int64_t Table::run(const Controls& control, Mode mode, const Beside& beside) {
   return applied;
 }
 
+// Writes the step counts of the segments that begin in a range of all elements.
+void Table::count(int64_t begin, int64_t end) {
+  if (kept_.steps.empty()) return;
+  auto k = std::lower_bound(offsets_.begin(), offsets_.end(), begin) - offsets_.begin();
+  for (; k < static_cast<int64_t>(segments_.size()) && (offsets_[k] < end || end == elements_); ++k) {
+    *counts_[k] = static_cast<float>(segments_[k].step);
+  }
+}
+
 // Pieces of many small tensors go to whoever is free; of large ones each thread has the same part in every step, which
 // then stays in the memory near it.
-void Table::write(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, const Beside& beside) {
+void Table::write(const cpu::Kernels& kernels, const cpu::Job& job, const Beside& beside) {
   const auto range = [&](int64_t begin, int64_t end) { kernels.step(job, begin, end); };
+  const int64_t total = elements_;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + total / grain_written);
   const bool shares = !shared_ && small_ && threads > 1;  // parameters in the same memory step one after the other
-  if (beside.run && !shares) beside.run(beside.context);
-  if (shared_) return range(0, total);
-  if (!shares) return torch::stable::parallel_for(0, total, total > grain_written ? 1 : grain_written, range);
+  if (!shares) {
+    if (beside.run) beside.run(beside.context);
+    if (shared_) {
+      range(0, total);
+    } else {
+      torch::stable::parallel_for(0, total, total > grain_written ? 1 : grain_written, range);
+    }
+    return count(0, total);
+  }
   const int64_t piece = total / (pieces_a_thread * threads) + 1;
   std::atomic<int64_t> taken{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     if (first == 0 && beside.run) beside.run(beside.context);
-    for (int64_t begin; (begin = taken.fetch_add(piece)) < total;) range(begin, std::min(total, begin + piece));
+    // From the last to the first: the gradients that pass 1 has read last are still near.
+    for (int64_t past; (past = taken.fetch_add(piece)) < total;) {
+      const int64_t begin = std::max<int64_t>(0, total - past - piece);
+      range(begin, total - past);
+      count(begin, total - past);
+    }
   });
 }
 
@@ -213,12 +236,9 @@ int64_t Table::run_on_cpu(const View& control, Mode mode, const Beside& beside) 
   if (mode != Mode::stats && block->found_inf != 0.0) return skipped;
   const int64_t n = static_cast<int64_t>(segments_.size());
   const int64_t sums = mode == Mode::stats ? 1 : info_.n_sums;
-  int64_t total = 0, n_partials = 0;
+  int64_t n_partials = 0;
   partial_offsets_.resize(sums ? n : 0);
-  for (int64_t k = 0; k < n; ++k) {
-    offsets_[k] = total;
-    total += segments_[k].numel;
-    if (!sums) continue;
+  for (int64_t k = 0; sums && k < n; ++k) {
     partial_offsets_[k] = n_partials;
     n_partials += n_blocks(segments_[k]) * sums;
   }
@@ -234,9 +254,9 @@ int64_t Table::run_on_cpu(const View& control, Mode mode, const Beside& beside) 
                      block,
                      partial_offsets_.data(),
                      partials_.data()};
-  if (mode == Mode::stats) return take_stats(kernels, job, total, *block);
+  if (mode == Mode::stats) return take_stats(kernels, job, *block);
   double* const between = sums_between(n);
-  if (info_.n_sums && (mode == Mode::sums || !between)) take_sums(kernels, job, total);
+  if (info_.n_sums && (mode == Mode::sums || !between)) take_sums(kernels, job);
   for (int64_t k = 0; between && k < n; ++k) {
     double* const own = extras_[k].sums;
     if (mode == Mode::sums) {
@@ -246,8 +266,7 @@ int64_t Table::run_on_cpu(const View& control, Mode mode, const Beside& beside) 
     }
   }
   if (mode == Mode::sums) return applied;
-  write(kernels, job, total, beside);
-  for (int64_t k = 0; k < n && !kept_.steps.empty(); ++k) *counts_[k] = static_cast<float>(segments_[k].step);
+  write(kernels, job, beside);
   for (int64_t k = 0; k < n && rule.advance; ++k) {
     core::Extra& extra = extras_[k];
     rule.advance(block->rows()[segments_[k].group], segments_[k].step, extra.scalars, extra.sums);

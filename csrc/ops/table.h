@@ -135,12 +135,13 @@ class Table {
   bool find_shared_memory();
   int64_t run(const Controls& control, Mode mode, const Beside& beside = {});
   int64_t run_on_cpu(const View& control, Mode mode, const Beside& beside = {});
-  void write(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, const Beside& beside);
+  void write(const cpu::Kernels& kernels, const cpu::Job& job, const Beside& beside);
+  void count(int64_t begin, int64_t end);
   double* sums_between(int64_t n) const;
-  void take_sums(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total);
+  void take_sums(const cpu::Kernels& kernels, const cpu::Job& job);
   bool sum_chunk(int64_t begin, int64_t end, std::vector<double>& partials);
   int64_t add_sums(core::Control& control);
-  int64_t take_stats(const cpu::Kernels& kernels, const cpu::Job& job, int64_t total, core::Control& control);
+  int64_t take_stats(const cpu::Kernels& kernels, const cpu::Job& job, core::Control& control);
 
   const int rule_;
   const RuleInfo info_;
@@ -149,6 +150,7 @@ class Table {
   const bool launches_;  // it steps by launches of a device's kernels, and never reads what lies there
   const Kept kept_;
   const bool needs_extras_;
+  int64_t last_group_ = 0;
   // Where the facts of a row's tensors lay when the table was made: only to call memory into the caches.
   struct Place {
     const void* handle;

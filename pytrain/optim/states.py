@@ -97,7 +97,7 @@ class Plan:
     params: list[Tensor] = field(default_factory=list)
     bases: list[Tensor] = field(default_factory=list)  # what shares its autograd version with the states
     touched: list[Tensor] = field(default_factory=list)  # params and bases
-    pairs: Tensor | None = None  # memory for what `backend.reader` finds, or None to pass lists of tensors
+    pairs: Tensor | None = None  # memory for what `backend.reader` finds (behind its hints), or None to pass lists
     address: int = 0  # of that memory
     found: int = NOT_ALL  # what a call of the kernels has said that `Settled.gather` made already
     here: bool = False  # may the kernels be called past torch's dispatcher?
@@ -149,7 +149,8 @@ class Plan:
             rule.name, states, scales, kept, emas, scalars, self.steps, self.sums, groups, parts, words
         )
         if backend.facts and backend.reader:
-            self.pairs = torch.zeros(len(self.params) * backend.facts.pair_words, dtype=torch.int64, device="cpu")
+            trails, pairs = backend.facts.trail_words * len(self.params), backend.facts.pair_words * len(self.params)
+            self.pairs = torch.zeros(trails + pairs, dtype=torch.int64, device="cpu")[trails:]
             self.address, self.here = self.pairs.data_ptr(), backend.is_here(self.device)
 
 

@@ -142,6 +142,33 @@ def test_without_the_exchange_api_the_lists_give_the_same_bits(name: str, monkey
     assert same_bits(*results)
 
 
+@pytest.mark.skipif(backend.reader is None, reason="this torch has no DLPack C exchange API")
+def test_hints_are_kept_where_a_tensor_is_laid_out_as_expected() -> None:
+    """Of another layout nothing is assumed, and the step is the same."""
+    exchange, types, probe = torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter), torch.zeros(2)
+    here, storage = probe._cdata, probe.untyped_storage()._cdata
+    assert backend.facts.Reader(exchange, types, probe, here, storage).leaves_trails
+    for wrong in ((here + 8, storage), (here, storage + 8)):
+        assert not backend.facts.Reader(exchange, types, probe, *wrong).leaves_trails
+    deep = torch.zeros((1,) * 6)  # whose sizes lie elsewhere
+    assert not backend.facts.Reader(exchange, types, deep, deep._cdata, deep.untyped_storage()._cdata).leaves_trails
+
+
+@pytest.mark.skipif(backend.reader is None, reason="this torch has no DLPack C exchange API")
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_without_hints_the_bits_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = backend.facts.Reader(
+        torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter), torch.zeros(2), 0, 0
+    )
+    results = []
+    for reader in (backend.reader, plain):
+        monkeypatch.setattr(backend, "reader", reader)
+        params = make_params(torch.float32, [(1, 2, 1, 3, 1, 2), (), (0,), (7,)])
+        run(ours(name, params), params, params, 3)
+        results.append(params)
+    assert same_bits(*results)
+
+
 def test_another_exchange_api_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", object(), raising=False)
     assert backend._make_reader() is None

@@ -1,0 +1,158 @@
+"""The watch over an optimizer's objects sees every exchange of one, and nothing else counts as one."""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytrain import backend
+
+pytestmark = pytest.mark.skipif(backend.facts is None, reason="without the kernels there is nothing to watch for")
+
+SAME, HYPERS, OBJECTS = range(3)
+Groups, States = list[dict[str, Any]], dict[Any, Any]
+
+
+def watched(n: int = 3) -> tuple[Groups, States, Any]:
+    """Groups and states as torch's optimizers have them, and a watch over them."""
+    params = [torch.zeros(1) for _ in range(n)]
+    groups = [{"params": params, "lr": 0.1, "betas": (0.9, 0.99)}]
+    state: States = defaultdict(dict)
+    for param in params:
+        state[param].update(step=torch.zeros(()), exp_avg=torch.zeros(1))
+    return groups, state, backend.facts.Watch(groups, state)
+
+
+def set_inner(groups: Groups, state: States) -> None:
+    state[groups[0]["params"][-1]]["exp_avg"] = torch.zeros(1)
+
+
+def add_inner(groups: Groups, state: States) -> None:
+    state[groups[0]["params"][-1]]["more"] = torch.zeros(1)
+
+
+def drop_inner(groups: Groups, state: States) -> None:
+    del state[groups[0]["params"][-1]]["step"]
+
+
+def clear_inner(groups: Groups, state: States) -> None:
+    state[groups[0]["params"][0]].clear()
+
+
+def set_outer(groups: Groups, state: States) -> None:
+    param = groups[0]["params"][0]
+    state[param] = dict(state[param])
+
+
+def add_outer(groups: Groups, state: States) -> None:
+    state[torch.zeros(1)] = {}
+
+
+def pop_outer(groups: Groups, state: States) -> None:
+    state.pop(groups[0]["params"][1])
+
+
+def set_param(groups: Groups, state: States) -> None:
+    groups[0]["params"][1] = torch.zeros(1)
+
+
+def add_group(groups: Groups, state: States) -> None:
+    groups.append({"params": [], "lr": 0.1})
+
+
+CHANGES = [set_inner, add_inner, drop_inner, clear_inner, set_outer, add_outer, pop_outer, set_param, add_group]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("checks", [0, 1, 3])
+def test_an_exchanged_object_is_seen(change: Callable[[Groups, States], None], checks: int) -> None:
+    groups, state, watch = watched()
+    for _ in range(checks):
+        assert watch.check(groups, state) == SAME
+    change(groups, state)
+    assert watch.check(groups, state) == OBJECTS
+    assert watch.check(groups, state) == OBJECTS  # until somebody makes another watch
+    assert backend.facts.Watch(groups, state).check(groups, state) == SAME
+
+
+def test_another_dict_with_the_same_states_is_another_object() -> None:
+    groups, state, watch = watched()
+    assert watch.check(groups, state) == SAME
+    assert watch.check(groups, defaultdict(dict, state)) == OBJECTS
+
+
+def test_what_is_put_back_counts_as_the_same() -> None:
+    groups, state, watch = watched()
+    inner = state[groups[0]["params"][0]]
+    kept = inner["exp_avg"]
+    inner["exp_avg"] = torch.ones(1)
+    inner["exp_avg"] = kept
+    kept.add_(1.0)
+    assert [watch.check(groups, state) for _ in range(2)] == [SAME, SAME]
+    inner["exp_avg"] = torch.ones(1)
+    assert watch.check(groups, state) == OBJECTS
+
+
+def test_hyperparameters_are_told_from_objects() -> None:
+    groups, state, watch = watched()
+    groups[0]["lr"] = 0.2
+    assert [watch.check(groups, state) for _ in range(2)] == [HYPERS, SAME]
+    groups[0]["lr"] = torch.tensor(0.1)  # which may change in place
+    assert [watch.check(groups, state) for _ in range(2)] == [HYPERS, HYPERS]
+    set_inner(groups, state)
+    assert watch.check(groups, state) == OBJECTS
+
+
+def test_two_watches_over_the_same_states_both_see_a_change() -> None:
+    groups, state, first = watched()
+    second = backend.facts.Watch(groups, state)
+    set_inner(groups, state)
+    assert [watch.check(groups, state) for watch in (first, second)] == [OBJECTS, OBJECTS]
+
+
+def test_states_that_go_with_their_watch_trouble_no_other() -> None:
+    groups, state, watch = watched()
+    watched()
+    gc.collect()
+    assert watch.check(groups, state) == SAME
+
+
+def test_states_that_are_no_dicts_are_compared_as_they_are() -> None:
+    groups, state, _ = watched()
+    state["notes"] = ["anything"]
+    watch = backend.facts.Watch(groups, state)
+    assert watch.check(groups, state) == SAME
+    state["notes"] = ["anything"]
+    assert watch.check(groups, state) == OBJECTS
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["step", "exp_avg", "more"]), st.integers(0, 3))))
+def test_any_sequence_of_changes_is_seen_as_a_comparison_of_all_objects_sees_it(
+    changes: list[tuple[int, str, int]],
+) -> None:
+    groups, state, watch = watched()
+    pool = [torch.zeros(1) for _ in range(3)]
+
+    def all_objects() -> list[Any]:
+        return [one for param, inner in state.items() for one in (param, inner, *inner.keys(), *inner.values())]
+
+    before = all_objects()
+    for which, key, what in changes:
+        inner = state[groups[0]["params"][which]]
+        if what < 3:
+            inner[key] = pool[what]
+        else:
+            inner.pop(key, None)
+        now = all_objects()
+        same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+        assert watch.check(groups, state) == (SAME if same else OBJECTS)
+        if not same:
+            before, watch = now, backend.facts.Watch(groups, state)
