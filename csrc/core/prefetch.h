@@ -29,11 +29,4 @@ inline void prefetch_flat(const void* sizes) {
   prefetch(at + 112);
 }
 
-// Where few sizes are, the addresses of what belongs to the tensor stand in the words before them.
-enum class Beside : int { tensor = -8, storage = -6, autograd = -5, version = -3 };
-constexpr int64_t few_sizes = 5;
-inline const void* beside(const int64_t* sizes, Beside word) {
-  return reinterpret_cast<const void* const*>(sizes)[static_cast<int>(word)];
-}
-
 }  // namespace pytrain::core

@@ -15,7 +15,6 @@
 namespace pytrain::python {
 
 namespace py = pybind11;
-using core::Beside;
 using core::Format;
 using core::Pair;
 using core::View;
@@ -82,10 +81,10 @@ class Reader {
     if (!api_) throw py::error_already_set();
     if (api_->header.version.major != DLPACK_MAJOR_VERSION) throw py::import_error("another DLPack major version");
     const View v = read(probe.ptr());
-    const auto* const words = reinterpret_cast<const std::uintptr_t*>(v.sizes);
-    leaves_trails_ = lies_around_sizes(v) &&
-                     reinterpret_cast<std::uintptr_t>(words + static_cast<int>(Beside::tensor)) == tensor &&
-                     words[static_cast<int>(Beside::storage)] == storage;
+    if (!is_short(v)) return;
+    const auto head = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(v.sizes) - tensor) / word_bytes;
+    const bool near = head > word_of_version && head <= most_head;
+    if (near && reinterpret_cast<std::uintptr_t>(word(v, head, word_of_storage)) == storage) head_ = head;
   }
 
   // `collect` of the gradients; fills in a Pair a parameter that has one, at an address with room for all. Others may
@@ -102,7 +101,7 @@ class Reader {
     Py_ssize_t found = 0;
     const auto take = [&](PyObject* param, PyObject* grad, Py_ssize_t k, Py_ssize_t i) {
       pairs[k] = {read(param), read(grad)};
-      if (leaves_trails_) trail_of(pairs, i) = trail(pairs[k], grad);
+      if (head_) trail_of(pairs, i) = trail(pairs[k], grad);
       found = k + 1;
       if (k < i) {
         told.store(-1, std::memory_order_release);
@@ -120,24 +119,30 @@ class Reader {
     return gather(params, reinterpret_cast<Pair*>(address), told);
   }
 
-  // Whether this torch lays out a tensor as Beside says.
-  bool leaves_trails() const { return leaves_trails_; }
+  // Whether this torch lays out a tensor as `trail` expects it.
+  bool leaves_trails() const { return head_ > 0; }
 
  private:
   static constexpr Py_ssize_t tell_every = 8;
 
-  static bool lies_around_sizes(const View& v) { return v.usable && v.sizes && v.dim <= core::few_sizes; }
+  // A tensor with few dimensions has its sizes in itself, some words behind what belongs to it.
+  static constexpr int64_t word_of_storage = 2, word_of_autograd = 3, word_of_version = 5, most_head = 32;
+  static constexpr int64_t word_bytes = sizeof(void*), most_dimensions = 5;
+  static bool is_short(const View& v) { return v.usable && v.sizes && v.dim <= most_dimensions; }
+  static const void* word(const View& v, int64_t head, int64_t which) {
+    return reinterpret_cast<const void* const*>(v.sizes)[which - head];
+  }
 
-  static Trail trail(const Pair& pair, const void* grad) {
+  Trail trail(const Pair& pair, const void* grad) const {
     const View &p = pair.param, &g = pair.grad;
     Trail t;
     t.grad = grad;
-    if (lies_around_sizes(p)) {
-      t.storage = beside(p.sizes, Beside::storage);
-      t.autograd = beside(p.sizes, Beside::autograd);
-      t.version = beside(p.sizes, Beside::version);
+    if (is_short(p)) {
+      t.storage = word(p, head_, word_of_storage);
+      t.autograd = word(p, head_, word_of_autograd);
+      t.version = word(p, head_, word_of_version);
     }
-    if (lies_around_sizes(g)) t.grad_storage = beside(g.sizes, Beside::storage);
+    if (is_short(g)) t.grad_storage = word(g, head_, word_of_storage);
     return t;
   }
 
@@ -185,7 +190,7 @@ class Reader {
   py::tuple types_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_;
-  bool leaves_trails_ = false;
+  int64_t head_ = 0;  // how many words of a tensor are before its sizes, if they are where `trail` expects them
 };
 
 }  // namespace pytrain::python

@@ -47,8 +47,9 @@ class Unchanged {
 
   std::vector<std::pair<PyObject*, uint64_t>> noted_;
 #elif !defined(Py_GIL_DISABLED)
+  // Of an object's attributes 3.13 does not tell, as long as they lie in the object.
   void note(PyObject* dict) {
-    watched_ = watched_ && PyDict_Watch(watcher(), dict) == 0;
+    watched_ = watched_ && !reinterpret_cast<PyDictObject*>(dict)->ma_values && PyDict_Watch(watcher(), dict) == 0;
     if (PyErr_Occurred()) PyErr_Clear();
   }
   bool holds() const { return watched_ && changes() == seen_; }
@@ -62,8 +63,8 @@ class Unchanged {
     static uint64_t of_any = 0;
     return of_any;
   }
-  static int count(PyDict_WatchEvent event, PyObject*, PyObject*, PyObject*) {
-    changes() += event != PyDict_EVENT_DEALLOCATED;
+  static int count(PyDict_WatchEvent, PyObject*, PyObject*, PyObject*) {
+    ++changes();
     return 0;
   }
   // -1 where others have taken all that there are.
@@ -98,12 +99,19 @@ class Watch {
       return true;
     };
     walk_groups(groups.ptr(), remember);
-    objects_.push_back(state);
     walk_state(state.ptr(), remember);
     note(state.ptr());
   }
 
+  // Says `objects_changed` from the first time on.
   int check(const py::list& groups, const py::dict& state) {
+    const int result = lost_ ? objects_changed : look(groups.ptr(), state.ptr());
+    lost_ = result == objects_changed;
+    return result;
+  }
+
+ private:
+  int look(PyObject* groups, PyObject* state) {
     size_t at = 0;
     int result = volatile_ ? hypers_changed : same;
     const auto compare = [&](PyObject* object, int kind) {
@@ -116,15 +124,13 @@ class Watch {
       result = hypers_changed;
       return true;
     };
-    if (!walk_groups(groups.ptr(), compare)) return objects_changed;
-    if (!compare(state.ptr(), objects_changed)) return objects_changed;
-    if (state_.holds()) return result;  // the same objects are in it, whatever was done to them
-    if (!walk_state(state.ptr(), compare) || at != objects_.size()) return objects_changed;
-    note(state.ptr());
+    if (!walk_groups(groups, compare)) return objects_changed;
+    if (state == outer_ && states_.holds()) return result;  // the same objects are in it, whatever was done to them
+    if (!walk_state(state, compare) || at != objects_.size()) return objects_changed;
+    note(state);
     return result;
   }
 
- private:
   static bool is(PyObject* key, const char* name) {
     return PyUnicode_CheckExact(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
   }
@@ -165,17 +171,21 @@ class Watch {
     return true;
   }
 
-  // `objects_` owns references to all of these dicts.
   void note(PyObject* state) {
-    state_.begin();
-    state_.note(state);
+    outer_ = state;
+    states_.begin();
+    states_.note(state);
     PyObject *param, *states;
     for (Py_ssize_t at = 0; PyDict_Next(state, &at, &param, &states);) {
-      if (PyDict_Check(states)) state_.note(states);
+      if (PyDict_Check(states)) states_.note(states);
     }
   }
 
-  Unchanged state_;
+  // `objects_` owns references to all dicts but the outer one, through which a cycle could lead back here. That one is
+  // only looked into when it comes as an argument; another one in its place has another number, or was told of.
+  Unchanged states_;
+  PyObject* outer_ = nullptr;
+  bool lost_ = false;
   std::vector<py::object> objects_;
   bool volatile_ = false;
 };

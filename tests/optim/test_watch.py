@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -82,10 +83,17 @@ def test_an_exchanged_object_is_seen(change: Callable[[Groups, States], None], c
     assert backend.facts.Watch(groups, state).check(groups, state) == SAME
 
 
-def test_another_dict_with_the_same_states_is_another_object() -> None:
+def test_another_dict_with_the_same_states_is_as_good() -> None:
     groups, state, watch = watched()
     assert watch.check(groups, state) == SAME
-    assert watch.check(groups, defaultdict(dict, state)) == OBJECTS
+    for _ in range(20):  # often where the one before was
+        state = defaultdict(dict, state)
+        assert watch.check(groups, state) == SAME
+    param = groups[0]["params"][0]
+    for _ in range(20):
+        other = defaultdict(dict, state)
+        other[param] = dict(other[param])
+        assert backend.facts.Watch(groups, state).check(groups, other) == OBJECTS
 
 
 def test_what_is_put_back_counts_as_the_same() -> None:
@@ -108,6 +116,44 @@ def test_hyperparameters_are_told_from_objects() -> None:
     assert [watch.check(groups, state) for _ in range(2)] == [HYPERS, HYPERS]
     set_inner(groups, state)
     assert watch.check(groups, state) == OBJECTS
+
+
+def test_attributes_of_an_object_may_be_the_states() -> None:
+    """CPython 3.13 tells no watcher of their changes."""
+
+    class States:
+        pass
+
+    groups, state, _ = watched()
+    states, param = States(), groups[0]["params"][0]
+    states.exp_avg = torch.zeros(1)  # type: ignore[attr-defined]
+    state[param] = vars(states)
+    watch = backend.facts.Watch(groups, state)
+    assert [watch.check(groups, state) for _ in range(2)] == [SAME, SAME]
+    states.exp_avg = torch.zeros(1)  # type: ignore[attr-defined]
+    assert watch.check(groups, state) == OBJECTS
+
+
+def test_after_an_exchange_a_watch_is_of_no_more_use() -> None:
+    groups, state, watch = watched()
+    groups[0]["extra"] = state  # which takes a remembered object's place
+    assert watch.check(groups, {}) == OBJECTS
+    del groups[0]["extra"]
+    assert watch.check(groups, state) == OBJECTS
+
+
+def test_a_watch_keeps_no_cycle_alive() -> None:
+    class State(defaultdict):  # type: ignore[type-arg]
+        pass
+
+    groups, _, _ = watched()
+    state = State(dict)
+    state[groups[0]["params"][0]]["exp_avg"] = torch.zeros(1)
+    state.watch = backend.facts.Watch(groups, state)  # type: ignore[attr-defined]
+    gone = weakref.ref(state)
+    del state
+    gc.collect()
+    assert gone() is None
 
 
 def test_two_watches_over_the_same_states_both_see_a_change() -> None:
