@@ -28,7 +28,7 @@ PARTS = {
 
 def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
     """The parts of a step's look at an optimizer that has stepped, each alone and on one thread."""
-    optimizer, facts, host = ours.optimizer, backend.facts, backend.host
+    optimizer, facts, host = ours.optimizer, backend.facts, backend.facts
     settled = optimizer._settled
     assert facts is not None and settled is not None and settled.watch is not None
     (plan,), watch = settled.plans, settled.watch
@@ -37,7 +37,7 @@ def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
         "collect": lambda: facts.collect(plan.params, "grad"),
         "gather": lambda: backend.reader.gather(plan.params, plan.address),
         "fit": lambda: host.step(plan.table, plan.address, n, [], place, numbers, FIT, None),
-        "watch": lambda: watch.check(optimizer.param_groups, optimizer.state),
+        "watch": lambda: facts.check(watch, optimizer.param_groups, optimizer.state),
         "versions": lambda: torch.autograd.graph.increment_version(plan.params),
     }
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     """Run the benchmark."""
     options = parser(__doc__ or "")
     args = options.parse_args(argv)
-    if backend.host is None:
+    if backend.facts is None:
         raise SystemExit(f"bench_looks: needs the kernels: {backend.why_not_loaded}")
     torch.set_num_threads(1)
     case, repeat = (QUICK, 3) if args.quick else (CASE, args.repeat)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ class BackendError(RuntimeError):
     """The kernels were demanded (PYTRAIN_BACKEND=native or fused=True) and cannot serve."""
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[Any, str]:
     """Load the kernel library and the facts module; (facts, "") or (None, why not)."""
     library = _FOLDER / "_kernels.so"
     if not library.exists():
@@ -47,6 +46,7 @@ def _load() -> tuple[ModuleType | None, str]:
         facts = importlib.import_module("pytrain._C")
     except (OSError, ImportError) as error:
         return None, f"the kernels do not load: {error}"
+    facts.connect(torch.ops.pytrain._host_calls(), torch.autograd.graph.increment_version)
     for rule in facts.rules():
         torch.library.register_fake(f"pytrain::{rule}_", _fake)
     return facts, ""
@@ -130,7 +130,6 @@ def _make_reader() -> Any:
 facts, why_not_loaded = _load()
 reader = _make_reader()
 is_profiling = getattr(torch.autograd, "_profiler_enabled", bool)  # where ops are to be seen
-host: Any = facts and facts.Host(torch.ops.pytrain._host_calls(), torch.autograd.graph.increment_version)
 cuda_build, why_no_cuda = _load_cuda()
 simulated = _load_simt()
 
@@ -142,7 +141,7 @@ def launches(device: torch.device) -> bool:
 
 def is_here(device: torch.device) -> bool:
     """Whether the kernels can be called on it past torch's dispatcher: what lies there is in the host's memory."""
-    return device.type == "cpu" and host is not None and not simulated
+    return device.type == "cpu" and facts is not None and not simulated
 
 
 def is_remote(device: torch.device) -> bool:

@@ -88,7 +88,7 @@ def settle(
         scale = scale if scale.device == device else _on(scale, device)
         if backend.is_here(device):
             places = [(control.data_ptr(), (len(control) - CONTROL_HEAD) // CONTROL_ROW) for control in controls]
-            backend.host.settle(places, scale.data_ptr(), scaled, clip_groups, max_norms)
+            backend.facts.settle(places, scale.data_ptr(), scaled, clip_groups, max_norms)
         else:
             op(controls, scale, scaled, clip_groups, max_norms)
         return
@@ -154,7 +154,7 @@ def update_scaler(state: Tensor, controls: Sequence[Tensor], policy: Policy) -> 
         moved = True
         if backend.is_here(state.device):
             places = [control.data_ptr() for control in controls]
-            moved = backend.host.update_scaler(state.data_ptr(), policy, places)
+            moved = backend.facts.update_scaler(state.data_ptr(), policy, places)
         else:
             op(state, controls, policy)
         if moved:  # graphs that hold the scale of before are refused

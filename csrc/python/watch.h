@@ -92,20 +92,20 @@ class Watch {
  public:
   static constexpr int same = 0, hypers_changed = 1, objects_changed = 2;
 
-  Watch(const py::list& groups, const py::dict& state) {
+  Watch(PyObject* groups, PyObject* state) {
     const auto remember = [this](PyObject* object, int kind) {
       objects_.push_back(py::reinterpret_borrow<py::object>(object));
       volatile_ |= kind == hypers_changed && !immutable(object);
       return true;
     };
-    walk_groups(groups.ptr(), remember);
-    walk_state(state.ptr(), remember);
-    note(state.ptr());
+    walk_groups(groups, remember);
+    walk_state(state, remember);
+    note(state);
   }
 
   // Says `objects_changed` from the first time on.
-  int check(const py::list& groups, const py::dict& state) {
-    const int result = lost_ ? objects_changed : look(groups.ptr(), state.ptr());
+  int check(PyObject* groups, PyObject* state) {
+    const int result = lost_ ? objects_changed : look(groups, state);
     lost_ = result == objects_changed;
     return result;
   }
@@ -189,5 +189,22 @@ class Watch {
   std::vector<py::object> objects_;
   bool volatile_ = false;
 };
+
+inline void check_watched(PyObject* groups, PyObject* state) {
+  if (!PyList_Check(groups)) throw py::type_error("groups: expected a list");
+  if (!PyDict_Check(state)) throw py::type_error("state: expected a dict");
+}
+
+// A capsule with a Watch, and what that says.
+inline py::object watch(PyObject* groups, PyObject* state) {
+  check_watched(groups, state);
+  return py::capsule(new Watch(groups, state), "Watch", [](void* held) { delete static_cast<Watch*>(held); });
+}
+inline int64_t check(PyObject* watch, PyObject* groups, PyObject* state) {
+  check_watched(groups, state);
+  auto* const held = static_cast<Watch*>(PyCapsule_GetPointer(watch, "Watch"));
+  if (!held) throw py::error_already_set();
+  return held->check(groups, state);
+}
 
 }  // namespace pytrain::python

@@ -173,7 +173,7 @@ class Shards:
         """The optimizer of the shards, made anew where parameters, their shards or state are other objects."""
         known = self._inner is not None and all(param._local_tensor is shard for param, shard, _ in self._locals)
         outer = self._watches[0] if self._watches else None
-        if not known or outer is None or outer.check(optimizer.param_groups, optimizer.state) == 2:
+        if not known or outer is None or backend.facts.check(outer, optimizer.param_groups, optimizer.state) == 2:
             self._make(optimizer)
         assert self._inner is not None
         return self._inner
@@ -236,7 +236,7 @@ class Shards:
             self._drop_grads()
         optimizer._skipped = inner._skipped
         torch.autograd.graph.increment_version([param for param, _, _ in self._locals if param.grad is not None])
-        if not self._watches or self._watches[1].check(inner.param_groups, inner.state) == 2:
+        if not self._watches or backend.facts.check(self._watches[1], inner.param_groups, inner.state) == 2:
             self._tell_state(optimizer, inner)
 
     def _tell_state(self, optimizer: FusedOptimizer, inner: FusedOptimizer) -> None:
@@ -253,7 +253,7 @@ class Shards:
             if state:
                 optimizer.state[param] = state
         if backend.facts:
-            watch = backend.facts.Watch
+            watch = backend.facts.watch
             self._watches = [watch(one.param_groups, one.state) for one in (optimizer, inner)]
 
 

@@ -1,6 +1,6 @@
 """How an optimizer's parameters are stepped: tables for the kernels, a list for the torch path; cached between steps.
 
-A cache is only used after it was checked: `backend.facts.Watch` compares the objects in param_groups and state with
+A cache is only used after it was checked: `backend.facts.watch` compares the objects in param_groups and state with
 the remembered ones, and every tensor's address, sizes and strides are read anew each step. Gradients are never kept.
 """
 
@@ -99,7 +99,7 @@ class Settled:
         self.merges = bool(self.remote) and (len(devices) > 1 or bool(slow))  # all are read into `given` after pass 1
         self.merged = False
         # Does the host need to know each number itself, for the torch path or the CPU's kernels?
-        self.here = all(map(backend.is_here, devices)) and backend.host is not None  # what settles is in host memory
+        self.here = all(map(backend.is_here, devices)) and backend.facts is not None  # what settles is in host memory
         self.reads = bool(slow) or len(self.remote) < len(devices)
         self.placed: list[tuple[int, Tensor]] = []  # numbers that only a device knows, and their places in the block
         # Where one launch a pass may be all of a step, and whether pass 1 has settled the control block in its own.
@@ -112,7 +112,7 @@ class Settled:
         self.work: list[Work] = []
         self.averaged: frozenset[int] = frozenset()
         self.read_hypers(optimizer)
-        self.watch = backend.facts.Watch(groups, optimizer.state) if backend.facts else None
+        self.watch = backend.facts.watch(groups, optimizer.state) if backend.facts else None
 
     def forget(self, optimizer: FusedOptimizer) -> None:
         """Take back the state that was made for a step that then could not be done."""
@@ -123,7 +123,7 @@ class Settled:
         """Whether parameters and state are still the same objects; takes over changed hyperparameters."""
         if self.watch is None:
             return False
-        found: int = self.watch.check(optimizer.param_groups, optimizer.state)
+        found: int = backend.facts.check(self.watch, optimizer.param_groups, optimizer.state)
         return found == 0 or (found == 1 and self.read_hypers(optimizer))
 
     def read_hypers(self, optimizer: FusedOptimizer) -> bool:
@@ -154,8 +154,8 @@ class Settled:
     def begin(self, grad_coef: float, clip_value: float = 0.0, ema_weight: float = 0.0) -> None:
         """Set the control block for a step whose gradients were not looked at yet."""
         weight = self.own_weight or ema_weight
-        if backend.host is not None:
-            backend.host.begin(self.address, self.n_rows, grad_coef, clip_value, weight)
+        if backend.facts is not None:
+            backend.facts.begin(self.address, self.n_rows, grad_coef, clip_value, weight)
         else:
             self.block[:CONTROL_HEAD] = (grad_coef, 0.0, clip_value, 0.0, -1.0)
             self.rows[:, EMA_WEIGHT : SUMSQ + 1] = (weight, 1.0, 0.0)
@@ -194,7 +194,7 @@ class Settled:
             if plan.pairs is None:
                 grads, rows = facts.collect(plan.params, "grad")
             elif first < WRITE and plan.here and not backend.is_profiling():
-                grads, rows, plan.found = backend.host.gather(
+                grads, rows, plan.found = backend.facts.gather(
                     backend.reader, plan.params, plan.table, plan.address, self.address, self.numbers, first
                 )
             else:
@@ -284,7 +284,7 @@ class Settled:
             scaler, _, groups, norms = between
             scale = NO_SCALE if scaler is None else scaler.place
             if scale:
-                backend.host.settle([(self.address, self.n_rows)], scale, (scaler is not None,), groups, norms)
+                backend.facts.settle([(self.address, self.n_rows)], scale, (scaler is not None,), groups, norms)
                 self.settled = True
         return SKIPPED if self.seen[FOUND_INF] else APPLIED
 
@@ -366,7 +366,7 @@ class Settled:
             if plan.here and not backend.is_profiling():
                 written = plan.written(params, rows) if mode == WRITE_FITTED else None  # which is sure to write
                 place, numbers = self.address, self.numbers
-                code = backend.host.step(plan.table, plan.address, len(grads), rows, place, numbers, mode, written)
+                code = backend.facts.step(plan.table, plan.address, len(grads), rows, place, numbers, mode, written)
             else:
                 code = self.call_op(work, mode, besides)
             if code >= 0:  # something needs a copy first, or does not fit: from now on pass the tensors

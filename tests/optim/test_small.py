@@ -24,7 +24,7 @@ from pytrain.ema import EMA
 from pytrain.optim import SGD, AdamW, base, plan
 
 pytestmark = pytest.mark.skipif(
-    backend.host is None or backend.simulated, reason="what only the kernels on the CPU do, called past the dispatcher"
+    backend.facts is None or backend.simulated, reason="what only the kernels on the CPU do, called past the dispatcher"
 )
 MANY = 300
 

@@ -21,6 +21,18 @@ SAME, HYPERS, OBJECTS = range(3)
 Groups, States = list[dict[str, Any]], dict[Any, Any]
 
 
+class Watch:
+    """What `backend.facts` has for it."""
+
+    def __init__(self, groups: Groups, state: States) -> None:
+        self.watch = backend.facts.watch(groups, state)
+
+    def check(self, groups: Groups, state: States) -> int:
+        """SAME, HYPERS or OBJECTS."""
+        found: int = backend.facts.check(self.watch, groups, state)
+        return found
+
+
 def watched(n: int = 3) -> tuple[Groups, States, Any]:
     """Groups and states as torch's optimizers have them, and a watch over them."""
     params = [torch.zeros(1) for _ in range(n)]
@@ -28,7 +40,7 @@ def watched(n: int = 3) -> tuple[Groups, States, Any]:
     state: States = defaultdict(dict)
     for param in params:
         state[param].update(step=torch.zeros(()), exp_avg=torch.zeros(1))
-    return groups, state, backend.facts.Watch(groups, state)
+    return groups, state, Watch(groups, state)
 
 
 def set_inner(groups: Groups, state: States) -> None:
@@ -80,7 +92,7 @@ def test_an_exchanged_object_is_seen(change: Callable[[Groups, States], None], c
     change(groups, state)
     assert watch.check(groups, state) == OBJECTS
     assert watch.check(groups, state) == OBJECTS  # until somebody makes another watch
-    assert backend.facts.Watch(groups, state).check(groups, state) == SAME
+    assert Watch(groups, state).check(groups, state) == SAME
 
 
 def test_another_dict_with_the_same_states_is_as_good() -> None:
@@ -93,7 +105,7 @@ def test_another_dict_with_the_same_states_is_as_good() -> None:
     for _ in range(20):
         other = defaultdict(dict, state)
         other[param] = dict(other[param])
-        assert backend.facts.Watch(groups, state).check(groups, other) == OBJECTS
+        assert Watch(groups, state).check(groups, other) == OBJECTS
 
 
 def test_what_is_put_back_counts_as_the_same() -> None:
@@ -128,7 +140,7 @@ def test_attributes_of_an_object_may_be_the_states() -> None:
     states, param = States(), groups[0]["params"][0]
     states.exp_avg = torch.zeros(1)  # type: ignore[attr-defined]
     state[param] = vars(states)
-    watch = backend.facts.Watch(groups, state)
+    watch = Watch(groups, state)
     assert [watch.check(groups, state) for _ in range(2)] == [SAME, SAME]
     states.exp_avg = torch.zeros(1)  # type: ignore[attr-defined]
     assert watch.check(groups, state) == OBJECTS
@@ -149,16 +161,30 @@ def test_a_watch_keeps_no_cycle_alive() -> None:
     groups, _, _ = watched()
     state = State(dict)
     state[groups[0]["params"][0]]["exp_avg"] = torch.zeros(1)
-    state.watch = backend.facts.Watch(groups, state)  # type: ignore[attr-defined]
+    state.watch = Watch(groups, state)  # type: ignore[attr-defined]
     gone = weakref.ref(state)
     del state
     gc.collect()
     assert gone() is None
 
 
+def test_other_arguments_are_refused() -> None:
+    groups, state, watch = watched()
+    facts = backend.facts
+    for wrong in ((tuple(groups), state), (groups, list(state))):
+        with pytest.raises(TypeError, match="expected a"):
+            facts.watch(*wrong)
+        with pytest.raises(TypeError, match="expected a"):
+            facts.check(watch.watch, *wrong)
+    with pytest.raises(TypeError, match="expected 3 arguments, got 2"):
+        facts.check(groups, state)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        facts.check(groups, groups, state)
+
+
 def test_two_watches_over_the_same_states_both_see_a_change() -> None:
     groups, state, first = watched()
-    second = backend.facts.Watch(groups, state)
+    second = Watch(groups, state)
     set_inner(groups, state)
     assert [watch.check(groups, state) for watch in (first, second)] == [OBJECTS, OBJECTS]
 
@@ -173,7 +199,7 @@ def test_states_that_go_with_their_watch_trouble_no_other() -> None:
 def test_states_that_are_no_dicts_are_compared_as_they_are() -> None:
     groups, state, _ = watched()
     state["notes"] = ["anything"]
-    watch = backend.facts.Watch(groups, state)
+    watch = Watch(groups, state)
     assert watch.check(groups, state) == SAME
     state["notes"] = ["anything"]
     assert watch.check(groups, state) == OBJECTS
@@ -201,4 +227,4 @@ def test_any_sequence_of_changes_is_seen_as_a_comparison_of_all_objects_sees_it(
         same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
         assert watch.check(groups, state) == (SAME if same else OBJECTS)
         if not same:
-            before, watch = now, backend.facts.Watch(groups, state)
+            before, watch = now, Watch(groups, state)
