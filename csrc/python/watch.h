@@ -99,6 +99,7 @@ class Watch {
       return true;
     };
     walk_groups(groups, remember);
+    in_groups_ = objects_.size();
     walk_state(state, remember);
     note(state);
   }
@@ -112,10 +113,10 @@ class Watch {
 
  private:
   int look(PyObject* groups, PyObject* state) {
-    size_t at = 0;
+    size_t at = 0, end = in_groups_;
     int result = volatile_ ? hypers_changed : same;
     const auto compare = [&](PyObject* object, int kind) {
-      if (at >= objects_.size()) return false;
+      if (at == end) return false;
       py::object& remembered = objects_[at++];
       if (remembered.ptr() == object) return true;
       if (kind != hypers_changed) return false;
@@ -124,9 +125,10 @@ class Watch {
       result = hypers_changed;
       return true;
     };
-    if (!walk_groups(groups, compare)) return objects_changed;
+    if (!walk_groups(groups, compare) || at != end) return objects_changed;
     if (state == outer_ && states_.holds()) return result;  // the same objects are in it, whatever was done to them
-    if (!walk_state(state, compare) || at != objects_.size()) return objects_changed;
+    end = objects_.size();
+    if (!walk_state(state, compare) || at != end) return objects_changed;
     note(state);
     return result;
   }
@@ -186,7 +188,8 @@ class Watch {
   Unchanged states_;
   PyObject* outer_ = nullptr;
   bool lost_ = false;
-  std::vector<py::object> objects_;
+  std::vector<py::object> objects_;  // first those in the groups
+  size_t in_groups_ = 0;
   bool volatile_ = false;
 };
 

@@ -182,6 +182,19 @@ def test_other_arguments_are_refused() -> None:
         facts.check(groups, groups, state)
 
 
+@pytest.mark.parametrize("states", [True, False])
+def test_a_hyperparameter_more_or_less_takes_the_place_of_no_other_object(states: bool) -> None:
+    groups, state, watch = watched()
+    if not states:
+        state.clear()
+        watch = Watch(groups, state)
+    groups[0]["more"] = 1.0
+    assert watch.check(groups, state) == OBJECTS
+    watch = Watch(groups, state)
+    del groups[0]["more"]
+    assert watch.check(groups, state) == OBJECTS
+
+
 def test_two_watches_over_the_same_states_both_see_a_change() -> None:
     groups, state, first = watched()
     second = Watch(groups, state)
